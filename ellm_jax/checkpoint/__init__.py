@@ -1,0 +1,18 @@
+"""Checkpoints: Hugging Face directories in, Orbax in and out. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+from ellm_jax.checkpoint.convert import convert
+from ellm_jax.checkpoint.directory import read_config
+from ellm_jax.checkpoint.errors import CheckpointError
+from ellm_jax.checkpoint.load import COMPUTE_DTYPES, load_model, resolve_dtype, weights_bytes
+
+__all__ = [
+    "COMPUTE_DTYPES",
+    "CheckpointError",
+    "convert",
+    "load_model",
+    "read_config",
+    "resolve_dtype",
+    "weights_bytes",
+]

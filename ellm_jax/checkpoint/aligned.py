@@ -1,0 +1,24 @@
+"""Host arrays that JAX can use in place."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# What XLA's CPU backend asks of a buffer that it shall use without a copy.
+ALIGNMENT_BYTES = 64
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Uninitialised, row-major, starting at a multiple of `ALIGNMENT_BYTES`.
+
+    `jax.device_put` of it on the CPU aliases the memory and keeps it alive; nothing may write to
+    it after that.
+    """
+    size_bytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size_bytes + ALIGNMENT_BYTES, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT_BYTES
+    return raw[start : start + size_bytes].view(dtype).reshape(shape)

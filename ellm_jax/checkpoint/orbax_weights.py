@@ -1,0 +1,121 @@
+"""Parameters as an Orbax checkpoint: one tree of stacked arrays in OCDBT, no pickle.
+
+Orbax's own restore holds an array up to twice. The arrays are therefore read through TensorStore,
+which Orbax stores them with, block by block into memory that JAX then uses in place.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from numpy.typing import NDArray
+
+from ellm_jax.checkpoint.aligned import aligned_empty
+from ellm_jax.checkpoint.directory import ORBAX_FOLDER
+from ellm_jax.checkpoint.errors import CheckpointError, a_few
+from ellm_jax.checkpoint.progress import Advance
+from ellm_jax.models import ModelConfig, param_shapes
+
+# What is read, decompressed and converted at a time.
+BLOCK_BYTES = 2 << 20
+
+
+def write_orbax_params(folder: Path, params: Mapping[str, jax.Array]) -> None:
+    """Write parameters by dotted name into `folder`; they appear there whole or not at all."""
+    tree: dict[str, Any] = {}
+    for name, array in params.items():
+        *outer, last = name.split(".")
+        branch = tree
+        for part in outer:
+            branch = branch.setdefault(part, {})
+        branch[last] = array
+    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=BLOCK_BYTES), tree)
+    # One gigabyte is the least that Orbax may hold in copies while it writes.
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(
+            (folder / ORBAX_FOLDER).absolute(), ocp.args.PyTreeSave(tree, save_args=save_args)
+        )
+
+
+def read_orbax_params(
+    folder: Path, config: ModelConfig, dtype: np.dtype[Any], advance: Advance
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Yield the parameters of `param_shapes` one by one, complete, in `dtype`.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged or not of this model.
+    """
+    root = (folder / ORBAX_FOLDER).absolute()
+    shapes = param_shapes(config)
+    _check_names(root, set(shapes))
+    # No cache: a block is wanted once.
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+    for name, shape in shapes.items():
+        try:
+            stored = ts.open(_spec(root, name), open=True, context=context).result()
+            if stored.shape != shape:
+                raise CheckpointError(
+                    f"{name} in {root} has shape {list(stored.shape)}; config.json asks for "
+                    f"{list(shape)}. Convert the model again."
+                )
+            param = aligned_empty(shape, dtype)
+            _fill(param, stored, advance)
+        # TensorStore reports damage of every kind as a ValueError.
+        except (ValueError, OSError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"{name} in {root} cannot be read: {error}. Convert the model again."
+            ) from error
+        yield name, param
+
+
+def _check_names(root: Path, wanted: set[str]) -> None:
+    try:
+        metadata = json.loads((root / "_METADATA").read_text(encoding="utf-8"))
+        found = {
+            ".".join(key["key"] for key in entry["key_metadata"])
+            for entry in metadata["tree_metadata"].values()
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{root} is not a whole Orbax checkpoint: {error}. Convert the model again."
+        ) from error
+    if found != wanted:
+        raise CheckpointError(
+            f"the arrays in {root} are not those of the model in config.json: missing "
+            f"{a_few(wanted - found) or 'none'}; left over {a_few(found - wanted) or 'none'}. "
+            "Convert the model again."
+        )
+
+
+def _spec(root: Path, name: str) -> dict[str, Any]:
+    """Where Orbax keeps an array: a zarr array per leaf, in one OCDBT database."""
+    base = {"driver": "file", "path": f"{root}/"}
+    return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
+
+
+def _fill(param: NDArray[Any], stored: Any, advance: Advance) -> None:
+    """Copy the stored array block by block, as it was chunked, converting the dtype."""
+    source = stored if stored.dtype == param.dtype else ts.cast(stored, param.dtype)
+    target = ts.array(param)
+    steps = stored.chunk_layout.read_chunk.shape
+    corners = itertools.product(
+        *(range(0, size, step) for size, step in zip(param.shape, steps, strict=True))
+    )
+    for corner in corners:
+        block = tuple(
+            slice(start, min(start + step, size))
+            for start, step, size in zip(corner, steps, param.shape, strict=True)
+        )
+        target[block].write(source[block]).result()
+        advance(param[block].nbytes)

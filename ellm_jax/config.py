@@ -1,0 +1,92 @@
+"""How an engine is set up: one frozen dataclass for Python, command line and server alike."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS |= {f"{unit}I": 1024 ** (i + 1) for i, unit in enumerate("KMGT")}
+
+DTYPES = ("float32", "bfloat16")
+"""What an engine computes in."""
+
+
+def parse_bytes(size: int | str) -> int:
+    """Reads a size: an int of bytes, or text such as "512MiB", "2GB", "1.5GiB".
+
+    Raises:
+        ValueError: text that is no size, or a size below 0.
+    """
+    if isinstance(size, int) and not isinstance(size, bool):
+        count = size
+    else:
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?I?)B?\s*", str(size).upper())
+        if match is None or match[2] == "I":
+            raise ValueError(
+                f"{size!r} is no size; write bytes, or for example 512MiB, 2GB, 1.5GiB"
+            )
+        count = int(float(match[1]) * _UNITS[match[2]])
+    if count < 0:
+        raise ValueError(f"{size!r} is below 0; a size counts bytes")
+    return count
+
+
+def format_bytes(count: int) -> str:
+    """Writes bytes for people: "1.50 GiB"."""
+    value, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{int(value)} B" if unit == "B" else f"{value:.2f} {unit}"
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Limits and choices of an engine. Hashable; checked when made.
+
+    Attributes:
+        device_memory: most bytes that weights, KV cache and activations take together, as bytes or
+            text ("2GiB"). None: what is free when the engine starts, less a tenth.
+        dtype: "float32" or "bfloat16"; None: the checkpoint's own, float16 becoming bfloat16.
+        max_model_len: most tokens of prompt and output together; None: the model's context.
+        max_num_seqs: most requests that run at once.
+        max_batch_tokens: most tokens of a step; longer prompts are prefilled in chunks.
+        warm_up: compile the common step shapes at start rather than when first needed.
+        idle_trim_s: seconds without work after which memory that nobody uses goes back to the
+            system; the next request pays for mapping it again.
+        compilation_cache: directory that keeps compiled steps between runs; None: a folder in the
+            user's cache directory; "": none.
+        progress: show progress bars while loading and compiling.
+    """
+
+    device_memory: int | str | None = None
+    dtype: str | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_batch_tokens: int = 512
+    warm_up: bool = True
+    idle_trim_s: float = 1.0
+    compilation_cache: str | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.device_memory is not None:
+            parse_bytes(self.device_memory)
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(
+                f"dtype={self.dtype!r}: the engine computes in {' or '.join(DTYPES)}; "
+                "leave it out to follow the checkpoint"
+            )
+        for name in ("max_model_len", "max_num_seqs", "max_batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
+        if not self.idle_trim_s >= 0:
+            raise ValueError(f"idle_trim_s={self.idle_trim_s!r}: must be at least 0 seconds")
+
+    @property
+    def device_memory_bytes(self) -> int | None:
+        """The limit in bytes, or None for what is free at start."""
+        return None if self.device_memory is None else parse_bytes(self.device_memory)

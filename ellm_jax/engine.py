@@ -1,0 +1,397 @@
+"""The engine as its users hold it: generate, stream, abort, look into the memory."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import pathlib
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any, cast
+
+from tqdm import tqdm
+
+from ellm_jax import _native
+from ellm_jax.assembly import TINY_MODEL, Assembly, assemble
+from ellm_jax.config import EngineConfig
+from ellm_jax.host_loop import LoopStats
+from ellm_jax.intake import Group, Intake, Prompt, is_single
+from ellm_jax.memory.report import MemoryReport
+from ellm_jax.outputs import RequestOutput
+from ellm_jax.request import Request, Status
+from ellm_jax.sampling import SamplingParams
+from ellm_jax.tokenizer import Tokenizer, TokenizerMissing
+
+_Listener = Callable[[Group], None]
+
+
+class EngineClosed(RuntimeError):  # noqa: N818  # a state, not only an error
+    """The engine was closed, or has failed; its message says which."""
+
+
+class Engine:
+    """Serves requests from a thread of its own until it is closed. Methods may be called from any
+    thread. Usable as a context manager.
+
+    Attributes:
+        config: how it was set up.
+        model_config: the model.
+        dtype: what the model computes in.
+        tokenizer: the checkpoint's; None where it has none.
+        max_model_len: most tokens of prompt and output together.
+    """
+
+    def __init__(self, path: str | pathlib.Path, config: EngineConfig):
+        """Use `from_pretrained`."""
+        self.config = config
+        self._groups: dict[Request, tuple[Group, _Listener]] = {}
+        self._by_id: dict[str, Group] = {}
+        self._changed: dict[Group, _Listener] = {}
+        self._wake = threading.Condition()
+        self._commands: deque[Callable[[], None]] = deque()
+        self._closing = False
+        self._failure: BaseException | None = None
+        self._ids = itertools.count()
+
+        assembly = assemble(path, config, self._on_token, self._on_finish)
+        self._loop = assembly.loop
+        self.model_config = assembly.model_config
+        self.dtype = assembly.dtype
+        self.max_model_len = assembly.max_model_len
+        try:
+            self.tokenizer: Tokenizer | None = Tokenizer.from_dir(path)
+        except TokenizerMissing:
+            self.tokenizer = None
+        self._intake = self._make_intake(assembly)
+        self._thread = threading.Thread(target=self._run, name="ellm-engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | pathlib.Path | None = None, config: EngineConfig | None = None
+    ) -> Engine:
+        """Loads a Hugging Face or converted checkpoint directory; None: the model in the package.
+
+        Raises:
+            CheckpointError: the checkpoint is missing, damaged or not supported.
+            ValueError: the configuration does not suit the model.
+            MemoryError: `device_memory` does not hold the weights and the smallest step.
+        """
+        return cls(TINY_MODEL if path is None else path, config or EngineConfig())
+
+    def _make_intake(self, assembly: Assembly) -> Intake:
+        ledger = assembly.loop.ledger
+        return Intake(
+            model_config=assembly.model_config,
+            tokenizer=self.tokenizer,
+            max_model_len=assembly.max_model_len,
+            room_bytes=ledger.capacity_bytes - assembly.smallest_need_bytes,
+            tile_tokens=ledger.kv.layout.tile_tokens,
+            chunk_bytes=ledger.chunk_bytes,
+        )
+
+    # What users call.
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Completes prompts and returns when all are done, in the order of the prompts.
+
+        More requests than memory holds wait; none fails for lack of memory unless it could not
+        run alone. Nothing is started unless every prompt is valid.
+
+        Args:
+            prompts: one prompt or several; each a text, token ids, or the messages of a chat.
+            params: for all, or one per prompt.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError, TypeError: a prompt or parameters that do not suit the model.
+            EngineClosed: the engine is closed or has failed.
+        """
+        several = cast("list[Prompt]", [prompts] if is_single(prompts) else list(prompts))
+        now = time.monotonic()
+        groups = [
+            self._intake.group(prompt, each, self._next_id(), now)
+            for prompt, each in zip(several, _one_each(params, len(several)), strict=True)
+        ]
+        finished: queue.SimpleQueue[Group | None] = queue.SimpleQueue()
+
+        def listen(group: Group) -> None:
+            if group.finished:
+                finished.put(group)
+
+        with tqdm(total=len(groups), desc="Generating", unit="req", disable=not progress) as bar:
+            tokens = 0
+            try:
+                for group in groups:
+                    self._submit(group, listen)
+                for _ in groups:
+                    group = self._next(finished)
+                    tokens += sum(len(request.output_ids) for request in group.requests)
+                    speed = tokens / max(1e-9, time.monotonic() - now)
+                    bar.set_postfix_str(f"{speed:.1f} tok/s", refresh=False)
+                    bar.update()
+            except BaseException:
+                for group in groups:
+                    self._abort_group(group)
+                raise
+        return [group.output() for group in groups]
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> Iterator[RequestOutput]:
+        """Completes one prompt and yields everything so far whenever there is more.
+
+        What a slow reader misses is part of the next output. Leaving the loop aborts the request.
+
+        Raises:
+            As `generate`; at the call, not at the first output.
+        """
+        group = self._group(prompt, params, request_id)
+        changed: queue.SimpleQueue[Group | None] = queue.SimpleQueue()
+        self._submit(group, changed.put)
+
+        def outputs() -> Iterator[RequestOutput]:
+            try:
+                done = False
+                while not done:
+                    self._next(changed)
+                    while not changed.empty():
+                        changed.get()
+                    output = group.output()
+                    done = output.finished
+                    yield output
+            finally:
+                self._abort_group(group)
+
+        return outputs()
+
+    async def stream_async(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        """As `stream`, for asyncio. Cancelling the task aborts the request."""
+        loop = asyncio.get_running_loop()
+        changed = asyncio.Event()
+        group = self._group(prompt, params, request_id)
+
+        def notify(_: Group) -> None:
+            loop.call_soon_threadsafe(changed.set)
+
+        self._submit(group, notify)
+        try:
+            done = False
+            while not done:
+                await changed.wait()
+                changed.clear()
+                self._raise_failure()
+                output = group.output()
+                done = output.finished
+                yield output
+        finally:
+            self._abort_group(group)
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request by its id; its memory is given back at once. False if there is none."""
+        group = self._by_id.get(request_id)
+        if group is None:
+            return False
+        self._abort_group(group)
+        return True
+
+    def memory(self) -> MemoryReport:
+        """Bytes by owner; they add up to the limit."""
+        return MemoryReport.from_usage(self._loop.ledger.usage())
+
+    def stats(self) -> LoopStats:
+        """Where the host loop's time went since the start or the last `reset_stats`."""
+        return self._loop.stats
+
+    def reset_stats(self) -> None:
+        """Starts the statistics and the peaks of the memory anew."""
+
+        def reset() -> None:
+            self._loop.stats = LoopStats()
+            self._loop.ledger.reset_peaks()
+
+        self._call(reset)
+
+    def trim(self) -> None:
+        """Gives memory that nobody uses back to the system now."""
+        self._call(self._trim)
+
+    def close(self) -> None:
+        """Aborts what runs, gives all memory of the KV cache back, and ends the thread."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Between the callers' threads and the engine's.
+
+    def _next_id(self) -> str:
+        return f"request-{next(self._ids)}"
+
+    def _group(self, prompt: Prompt, params: SamplingParams | None, request_id: str | None) -> Group:
+        group_id = request_id or self._next_id()
+        if group_id in self._by_id:
+            raise ValueError(
+                f"request id {group_id!r} is in use by a request that runs; choose another"
+            )
+        return self._intake.group(prompt, params or SamplingParams(), group_id, time.monotonic())
+
+    def _submit(self, group: Group, listener: _Listener) -> None:
+        def submit() -> None:
+            self._by_id[group.id] = group
+            for request in group.requests:
+                self._groups[request] = (group, listener)
+                self._loop.submit(request)
+
+        self._command(submit)
+
+    def _abort_group(self, group: Group) -> None:
+        """Ends what is left of a group; does nothing if it is over or the engine is."""
+        if group.finished or self._failure is not None:
+            return
+
+        def abort() -> None:
+            for request in group.requests:
+                self._loop.abort(request)
+
+        with self._wake:
+            self._commands.append(abort)
+            self._wake.notify()
+
+    def _command(self, command: Callable[[], None]) -> None:
+        """Has the engine's thread do something before its next step."""
+        with self._wake:
+            self._raise_failure()
+            if self._closing:
+                raise EngineClosed("the engine is closed; make a new one")
+            self._commands.append(command)
+            self._wake.notify()
+
+    def _call(self, function: Callable[[], Any]) -> None:
+        """Has the engine's thread do something, and waits for it."""
+        done = threading.Event()
+
+        def command() -> None:
+            try:
+                function()
+            finally:
+                done.set()
+
+        self._command(command)
+        while not done.wait(timeout=1.0):
+            self._raise_failure()
+
+    def _next(self, groups: queue.SimpleQueue[Group | None]) -> Group:
+        group = groups.get()
+        if group is None or (self._failure is not None and not group.finished):
+            self._raise_failure()
+        assert group is not None
+        return group
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise EngineClosed(f"the engine has failed: {self._failure}") from self._failure
+
+    # The engine's thread.
+
+    def _run(self) -> None:
+        try:
+            while self._await_work():
+                while self._commands:
+                    self._commands.popleft()()
+                if self._loop.busy:
+                    self._loop.step()
+                self._publish()
+            self._wind_up()
+        except BaseException as failure:
+            self._failure = failure
+            for request, (group, listener) in list(self._groups.items()):
+                request.error = f"the engine has failed: {failure}"
+                request.finish_reason = "error"
+                request.status = Status.FINISHED
+                listener(group)
+            raise
+
+    def _await_work(self) -> bool:
+        """Returns when there is something to do; False when the engine is to end. Gives unused
+        memory back once nothing has come for a while."""
+        trimmed = False
+        with self._wake:
+            while not (self._commands or self._loop.busy or self._closing):
+                timeout = None if trimmed else self.config.idle_trim_s
+                if not self._wake.wait(timeout) and not trimmed:
+                    self._trim()
+                    trimmed = True
+            return not self._closing
+
+    def _trim(self) -> None:
+        if not self._loop.busy:
+            self._loop.ledger.trim()
+            _native.malloc_trim()
+
+    def _wind_up(self) -> None:
+        for request in list(self._groups):
+            self._loop.abort(request)
+        self._loop.drain()
+        self._publish()
+        self._loop.compiler.close()
+        self._loop.ledger.close()
+
+    def _publish(self) -> None:
+        """Tells every listener whose requests moved, once per step."""
+        changed, self._changed = self._changed, {}
+        for group, listener in changed.items():
+            if group.finished:
+                self._by_id.pop(group.id, None)
+            listener(group)
+
+    def _on_token(self, request: Request) -> str | int | None:
+        group, listener = self._groups[request]
+        self._changed[group] = listener
+        text = group.texts[request]
+        token = request.output_ids[-1]
+        if text is None or (token in request.stop_ids and not _keeps_stop(request)):
+            return None
+        return text.push(token)
+
+    def _on_finish(self, request: Request) -> None:
+        group, listener = self._groups.pop(request)
+        self._changed[group] = listener
+        text = group.texts[request]
+        if text is not None and not isinstance(request.stop_reason, str):
+            text.finish()
+
+
+def _keeps_stop(request: Request) -> bool:
+    """Whether the stop token's text belongs to the output: asked for, or not reached min_tokens."""
+    params = request.params
+    return params.include_stop_str_in_output or len(request.output_ids) <= params.min_tokens
+
+
+def _one_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ValueError(
+            f"{len(params)} sampling parameters for {count} prompts; give one for all, or one each"
+        )
+    return list(params)

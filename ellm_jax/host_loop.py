@@ -1,0 +1,456 @@
+"""The host loop: plan a step while the one before runs, reserve its memory, dispatch, settle.
+
+Single-threaded and free of text: requests go in, their tokens come out. One step is in flight
+while the next is planned; tokens sampled by it stay on the device and feed the next one. So the
+host learns one step late that a request has ended, and what belongs to a request is given back
+only when no step in flight names it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ellm_jax._native import OutOfMemory
+from ellm_jax.memory.ledger import Lease, Ledger
+from ellm_jax.outputs import FinishReason, TokenLogprobs
+from ellm_jax.request import Request, Status
+from ellm_jax.runtime.batch import Span
+from ellm_jax.runtime.compiler import StepCompiler
+from ellm_jax.runtime.runner import Runner, StepFailed, StepKey
+from ellm_jax.runtime.sampler import Logprobs, SamplingInputs, state_row
+from ellm_jax.runtime.step import StepMode, StepResult
+from ellm_jax.scheduler.batching import MemoryPressure, Plan, Scheduler, Share
+
+# How often a request is tried again after a step with it failed, or after the system refused the
+# memory for it, before it is given up.
+_MAX_FAILURES = 3
+
+
+@dataclass
+class LoopStats:
+    """Where the loop's time went, and what it saw; seconds and counts since the last reset.
+
+    Attributes:
+        plan_s: planning steps and packing their inputs, without mapping.
+        map_s: reserving memory: mapping and unmapping chunks.
+        dispatch_s: in the jitted call.
+        wait_s: waiting for the device.
+        settle_s: handing tokens out, text and stop checks included.
+        compile_s: compiling steps that no compiled one could stand for.
+        steps: steps settled.
+        peak_running: most requests that ran at once.
+        preemptions: how often a request lost its memory.
+    """
+
+    plan_s: float = 0.0
+    map_s: float = 0.0
+    dispatch_s: float = 0.0
+    wait_s: float = 0.0
+    settle_s: float = 0.0
+    compile_s: float = 0.0
+    steps: int = 0
+    peak_running: int = 0
+    preemptions: int = 0
+
+
+@dataclass(eq=False)
+class _InFlight:
+    plan: Plan
+    result: StepResult
+    lease: Lease
+    key: StepKey
+
+
+@dataclass(eq=False)
+class HostLoop:
+    """Moves requests through steps.
+
+    Attributes:
+        runner, compiler, ledger, scheduler: the parts it drives.
+        on_token: called with a request after each new token; returns a reason to stop
+            ("stop" and what stopped it), or None. Text belongs there.
+        on_finish: called once when a request is over, its memory given back or about to be.
+        clock: seconds, monotonic.
+    """
+
+    runner: Runner
+    compiler: StepCompiler
+    ledger: Ledger
+    scheduler: Scheduler
+    on_token: Callable[[Request], str | int | None]
+    on_finish: Callable[[Request], None]
+    max_num_seqs: int
+    clock: Callable[[], float] = time.monotonic
+    stats: LoopStats = field(default_factory=LoopStats)
+    _in_flight: deque[_InFlight] = field(default_factory=deque)
+    _steps_of: dict[Request, int] = field(default_factory=dict)
+    _leaving: set[Request] = field(default_factory=set)
+    _state_rows: list[int] = field(default_factory=list)
+    _refusals: int = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits or runs, or a step is in flight."""
+        scheduler = self.scheduler
+        return bool(scheduler.running or scheduler.waiting or self._in_flight)
+
+    def submit(self, request: Request) -> None:
+        """Queues a request."""
+        self.scheduler.add(request)
+
+    def abort(self, request: Request, reason: FinishReason = "abort") -> None:
+        """Ends a request now; tokens in flight for it are dropped."""
+        if request.status is not Status.FINISHED:
+            self._finish(request, reason)
+
+    def step(self) -> None:
+        """Starts the next step, if there is something to compute, and settles the one before."""
+        launched = self._launch()
+        if launched is not None:
+            self._in_flight.append(launched)
+        if self._in_flight and (launched is None or len(self._in_flight) > 1):
+            self._settle(self._in_flight.popleft())
+
+    def drain(self) -> None:
+        """Waits for the steps in flight and settles them."""
+        while self._in_flight:
+            self._settle(self._in_flight.popleft())
+
+    # Planning and launching.
+
+    def _launch(self) -> _InFlight | None:
+        """Plans, reserves and dispatches; None when there is nothing to compute right now."""
+        for plan in self._plans():
+            try:
+                with self._timed("plan_s"):
+                    self._give_state_rows(plan)
+            except OutOfMemory as error:
+                self._relieve(error)
+                continue
+            with self._timed("plan_s"):
+                key = self.compiler.choose(_rows(plan), len(plan.shares), self._mode(plan))
+            with self._timed("compile_s"):
+                need_bytes = self.compiler.ensure(key)
+            try:
+                with self._timed("map_s"):
+                    lease = self._reserve(plan, need_bytes)
+            except RuntimeError as error:
+                self._relieve(error)
+                continue
+            self._refusals = 0
+            return self._dispatch(plan, key, lease)
+        return None
+
+    def _reserve(self, plan: Plan, need_bytes: int) -> Lease:
+        """The step's activations and every chunk it writes to, together or not at all."""
+        slots = [_slot(share.request) for share in plan.shares]
+        return self.ledger.reserve(need_bytes, slots, [s.begin + s.count for s in plan.shares])
+
+    def _plans(self) -> Iterator[Plan]:
+        """Plans until one is taken or nothing is left to plan; relieves pressure in between."""
+        while True:
+            try:
+                with self._timed("plan_s"):
+                    plan = self.scheduler.plan(admit=self._refusals == 0)
+            except MemoryPressure as pressure:
+                self._relieve(pressure)
+                continue
+            if plan is None:
+                if self._refusals and not self._in_flight and self.scheduler.waiting:
+                    self._refusals = 0
+                    continue
+                return
+            yield plan
+
+    def _relieve(self, cause: Exception) -> None:
+        """Makes room after a plan that does not fit, by the mildest means that is left: the end of
+        the step in flight, unmapping what slots hold in excess, preempting the last admitted."""
+        if self._in_flight:
+            self.drain()
+            return
+        with self._timed("map_s"):
+            if self.scheduler.trim_running():
+                return
+        victim = self.scheduler.victim()
+        short = isinstance(cause, MemoryPressure | OutOfMemory)
+        if not short or victim is None:
+            self._refusals += 1
+        if victim is not None and (short or self._refusals > _MAX_FAILURES):
+            self._preempt(victim)
+        elif self._refusals > _MAX_FAILURES:
+            # One request alone, which was admitted because it fits: the system itself refuses.
+            self._refusals = 0
+            for request in list(self.scheduler.running):
+                request.error = f"its memory could not be mapped: {cause}"
+                self._finish(request, "error")
+
+    def _preempt(self, request: Request) -> None:
+        """Takes a request's slot; it is prefilled again, output included, when memory allows."""
+        self._give_back(request)
+        self.scheduler.requeue(request)
+        request.num_preemptions += 1
+        self.stats.preemptions += 1
+
+    def _mode(self, plan: Plan) -> StepMode:
+        shares = plan.shares
+        return StepMode(
+            logprobs=any(s.samples and s.request.params.logprobs is not None for s in shares),
+            prompt_logprobs=any(s.request.wants_prompt_logprobs for s in shares),
+        )
+
+    def _give_state_rows(self, plan: Plan) -> None:
+        """Gives newly admitted requests with penalties, bias or min_tokens their row."""
+        for share in plan.shares:
+            request = share.request
+            if request.state_row or not request.params.needs_state:
+                continue
+            if self.runner.state_rows == 1:
+                rows = self.max_num_seqs + 1
+                self.ledger.hold_workspace(self.runner.state_bytes(rows))
+                self.runner.grow_state(rows)
+                self._state_rows = list(range(1, rows))
+            request.state_row = self._state_rows.pop()
+            words, bias = state_row(
+                request.prompt_ids,
+                request.output_ids,
+                request.params,
+                list(request.stop_ids),
+                self.runner.config.vocab_size,
+            )
+            self.runner.set_state_row(request.state_row, words, bias)
+
+    def _dispatch(self, plan: Plan, key: StepKey, lease: Lease) -> _InFlight:
+        with self._timed("plan_s"):
+            now = self.clock()
+            spans = []
+            for share in plan.shares:
+                request = share.request
+                if request.first_scheduled_s is None:
+                    request.first_scheduled_s = now
+                end = share.begin + share.count
+                tokens = request.tokens(share.begin, end)
+                spans.append(Span(_slot(request), share.begin, tokens, share.samples))
+            sampling = _sampling_inputs(plan.shares, key.shape.seqs)
+            targets = _prompt_targets(plan.shares) if key.mode.prompt_logprobs else None
+        with self._timed("dispatch_s"):
+            result = self.runner.dispatch(key, spans, sampling, targets)
+        for share in plan.shares:
+            request = share.request
+            request.computed += share.count
+            request.in_flight += share.samples
+            self._steps_of[request] = self._steps_of.get(request, 0) + 1
+        self.stats.peak_running = max(self.stats.peak_running, len(self.scheduler.running))
+        return _InFlight(plan, result, lease, key)
+
+    # Settling.
+
+    def _settle(self, step: _InFlight) -> None:
+        """Takes the tokens of the oldest step, after waiting for them."""
+        try:
+            with self._timed("wait_s"):
+                result = self.runner.wait(step.result)
+        except StepFailed as failure:
+            self._fail(step, failure)
+            return
+        with self._timed("settle_s"):
+            self.ledger.finish(step.lease)
+            self.stats.steps += 1
+            now = self.clock()
+            row = sample = 0
+            for share in step.plan.shares:
+                request = share.request
+                self._steps_of[request] -= 1
+                if request.status is not Status.FINISHED:
+                    if result.prompt_logprobs is not None:
+                        _take_prompt_logprobs(share, result.prompt_logprobs, row)
+                    if share.samples:
+                        request.in_flight -= 1
+                        self._take_token(request, result, sample, now)
+                row += share.count
+                sample += share.samples
+            self._release_leaving()
+
+    def _take_token(self, request: Request, result: StepResult, sample: int, now: float) -> None:
+        token = int(result.tokens[sample])
+        if token < 0:
+            request.error = "the model's scores are not finite; are its weights damaged?"
+            self._finish(request, "error")
+            return
+        if request.first_token_s is None:
+            request.first_token_s = now
+        request.output_ids.append(token)
+        if request.params.logprobs is not None and result.logprobs is not None:
+            count = request.params.logprobs
+            request.logprobs.append(_token_logprobs(token, result.logprobs, sample, count))
+        if token in request.stop_ids and len(request.output_ids) > request.params.min_tokens:
+            if token in (request.params.stop_token_ids or ()):
+                request.stop_reason = token
+            self.on_token(request)
+            self._finish(request, "stop")
+            return
+        stopped_by = self.on_token(request)
+        if stopped_by is not None:
+            request.stop_reason = stopped_by
+            self._finish(request, "stop")
+        elif len(request.output_ids) >= request.max_tokens:
+            self._finish(request, "length")
+
+    def _fail(self, step: _InFlight, failure: StepFailed) -> None:
+        """After a failed step: its requests start again, and those that keep failing end. What was
+        dispatched behind it read what it did not write, so that is void too."""
+        steps = [step, *self._in_flight]
+        for later in self._in_flight:
+            with contextlib.suppress(StepFailed):
+                self.runner.wait(later.result)
+        self._in_flight.clear()
+        for void in steps:
+            self.ledger.finish(void.lease)
+            for share in void.plan.shares:
+                self._steps_of[share.request] -= 1
+                share.request.in_flight -= share.samples
+        for request in {share.request: None for void in steps for share in void.plan.shares}:
+            if request.status is not Status.RUNNING:
+                continue
+            request.num_failures += 1
+            if request.num_failures >= _MAX_FAILURES:
+                request.error = f"{_MAX_FAILURES} steps with it failed, the last so: {failure}"
+                self._finish(request, "error")
+            else:
+                self._give_back(request)
+                self.scheduler.requeue(request)
+        # Whoever else holds a row of sampler state has to write it anew.
+        for request in self.scheduler.running:
+            self._give_back_state_row(request)
+        self._release_leaving()
+
+    # Endings.
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        self.scheduler.remove(request)
+        request.status = Status.FINISHED
+        request.finish_reason = reason
+        request.finished_s = self.clock()
+        self._give_back_state_row(request)
+        self._leaving.add(request)
+        self.on_finish(request)
+        self._release_leaving()
+
+    def _release_leaving(self) -> None:
+        """Gives back what ended requests held, once no step in flight names them."""
+        for request in [r for r in self._leaving if not self._steps_of.get(r)]:
+            self._leaving.remove(request)
+            self._give_back(request)
+
+    def _give_back(self, request: Request) -> None:
+        self._steps_of.pop(request, None)
+        self._give_back_state_row(request)
+        if request.slot is not None:
+            slot, request.slot = request.slot, None
+            self.ledger.kv.release(slot)
+
+    def _give_back_state_row(self, request: Request) -> None:
+        # At once, even while a step in flight counts in it: whoever gets the row writes it anew,
+        # and the device does that after the step.
+        if request.state_row:
+            self._state_rows.append(request.state_row)
+            request.state_row = 0
+
+    def _timed(self, name: str) -> _Timer:
+        return _Timer(self.stats, name)
+
+
+class _Timer:
+    """Adds the time of a with-block to one field of the statistics."""
+
+    def __init__(self, stats: LoopStats, name: str):
+        self._stats, self._name = stats, name
+
+    def __enter__(self) -> None:
+        self._begin = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        spent = time.perf_counter() - self._begin
+        setattr(self._stats, self._name, getattr(self._stats, self._name) + spent)
+
+
+def _slot(request: Request) -> int:
+    assert request.slot is not None
+    return request.slot
+
+
+def _rows(plan: Plan) -> int:
+    return sum(share.count for share in plan.shares)
+
+
+def _sampling_inputs(shares: Sequence[Share], seqs: int) -> SamplingInputs | None:
+    """Host arrays for the sampled rows; None when all are greedy and stateless."""
+    requests = [share.request for share in shares if share.samples]
+    if all(r.params.greedy and not r.state_row for r in requests):
+        return None
+    params = [r.params for r in requests]
+    padding = [0] * (seqs - len(requests))
+    # The noise of a token depends on its index, that of the one in flight included.
+    positions = [len(r.output_ids) + r.in_flight for r in requests]
+    minimum = zip(positions, params, strict=True)
+
+    def floats(values: list[float], off: float) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+        return np.array(values + [off] * len(padding), np.float32)
+
+    def ints(values: list[int]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+        return np.array(values + padding, np.int32)
+
+    return SamplingInputs(
+        temperature=floats([p.temperature for p in params], 0.0),
+        top_k=ints([max(0, p.top_k) for p in params]),
+        top_p=floats([p.top_p for p in params], 1.0),
+        min_p=floats([p.min_p for p in params], 0.0),
+        repetition=floats([p.repetition_penalty for p in params], 1.0),
+        presence=floats([p.presence_penalty for p in params], 0.0),
+        frequency=floats([p.frequency_penalty for p in params], 0.0),
+        seed=np.array([r.seed for r in requests] + padding, np.uint32),
+        position=ints(positions),
+        row=ints([r.state_row for r in requests]),
+        suppress_stop=ints([int(at < p.min_tokens) for at, p in minimum]),
+    )
+
+
+def _prompt_targets(shares: Sequence[Share]) -> list[int]:
+    """The prompt token that follows each row, 0 where none does."""
+    targets: list[int] = []
+    for share in shares:
+        prompt = share.request.prompt_ids
+        after = list(prompt[share.begin + 1 : share.begin + 1 + share.count])
+        targets += after + [0] * (share.count - len(after))
+    return targets
+
+
+def _take_prompt_logprobs(share: Share, logprobs: Logprobs, row: int) -> None:
+    request = share.request
+    if not request.wants_prompt_logprobs:
+        return
+    if not request.prompt_logprobs:
+        request.prompt_logprobs.append(None)
+    count = request.params.prompt_logprobs or 0
+    for i in range(share.count):
+        target = share.begin + i + 1
+        # A request that was preempted computes rows again whose values it has.
+        if target == len(request.prompt_logprobs) and target < len(request.prompt_ids):
+            entry = _token_logprobs(request.prompt_ids[target], logprobs, row + i, count)
+            request.prompt_logprobs.append(entry)
+
+
+def _token_logprobs(token: int, logprobs: Logprobs, row: int, count: int) -> TokenLogprobs:
+    ids, values = logprobs.top_ids[row, :count].tolist(), logprobs.top[row, :count].tolist()
+    return TokenLogprobs(
+        token_id=token,
+        logprob=float(logprobs.chosen[row]),
+        rank=int(logprobs.rank[row]),
+        top=tuple(zip(ids, values, strict=True)),
+    )
+

@@ -1,0 +1,224 @@
+"""Turns what a user hands over into requests, or says what is wrong with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from ellm_jax.config import format_bytes
+from ellm_jax.models.config import ModelConfig
+from ellm_jax.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from ellm_jax.request import Request, Status
+from ellm_jax.sampling import SamplingParams
+from ellm_jax.text import CompletionText
+from ellm_jax.tokenizer import Tokenizer
+
+Message: TypeAlias = Mapping[str, Any]
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
+"""A text, token ids, or the messages of a chat."""
+
+
+def is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
+    """Whether this is one prompt rather than a list of them."""
+    if isinstance(prompts, str):
+        return True
+    first = prompts[0] if len(prompts) else None
+    return isinstance(first, numbers.Integral | Mapping)
+
+
+@dataclass(eq=False)
+class Group:
+    """A user's request: the completions of one prompt.
+
+    Attributes:
+        id: the user's or the engine's name for it.
+        prompt: its text; None where token ids were given.
+        requests: one per completion.
+        texts: their texts; None without a tokenizer.
+    """
+
+    id: str
+    prompt: str | None
+    requests: list[Request]
+    texts: dict[Request, CompletionText | None] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every completion is over."""
+        return all(request.status is Status.FINISHED for request in self.requests)
+
+    def output(self) -> RequestOutput:
+        """Everything so far."""
+        first = self.requests[0]
+        prompt_logprobs = None
+        if first.params.prompt_logprobs is not None:
+            prompt_logprobs = tuple(first.prompt_logprobs)
+        return RequestOutput(
+            request_id=self.id,
+            prompt=self.prompt,
+            prompt_token_ids=first.prompt_ids,
+            outputs=tuple(self._completion(i) for i in range(len(self.requests))),
+            finished=self.finished,
+            metrics=self._metrics(),
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def _completion(self, index: int) -> CompletionOutput:
+        request = self.requests[index]
+        text = self.texts[request]
+        wants = request.params.logprobs is not None
+        return CompletionOutput(
+            index=index,
+            text="" if text is None else text.text,
+            token_ids=tuple(request.output_ids),
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+            cumulative_logprob=sum(e.logprob for e in request.logprobs) if wants else None,
+            logprobs=tuple(request.logprobs) if wants else None,
+            error=request.error,
+        )
+
+    def _metrics(self) -> RequestMetrics:
+        def earliest(name: str) -> float | None:
+            values = [getattr(request, name) for request in self.requests]
+            return min((v for v in values if v is not None), default=None)
+
+        ends = [request.finished_s for request in self.requests]
+        return RequestMetrics(
+            arrival_s=self.requests[0].arrival_s,
+            first_scheduled_s=earliest("first_scheduled_s"),
+            first_token_s=earliest("first_token_s"),
+            finished_s=None if None in ends else max(e for e in ends if e is not None),
+            num_preemptions=sum(request.num_preemptions for request in self.requests),
+            output_tokens=max(len(request.output_ids) for request in self.requests),
+        )
+
+
+@dataclass(frozen=True)
+class Intake:
+    """Checks prompts against the model and its limits, and makes requests of them.
+
+    Attributes:
+        model_config: of the model.
+        tokenizer: None where the checkpoint has none: token ids only.
+        max_model_len: most tokens of prompt and output together.
+        room_bytes: what one request alone could take of the KV cache.
+        tile_tokens, chunk_bytes: how tokens become bytes of KV.
+    """
+
+    model_config: ModelConfig
+    tokenizer: Tokenizer | None
+    max_model_len: int
+    room_bytes: int
+    tile_tokens: int
+    chunk_bytes: int
+
+    def group(
+        self, prompt: Prompt, params: SamplingParams, group_id: str, arrival_s: float
+    ) -> Group:
+        """Makes the requests of one prompt.
+
+        Raises:
+            ValueError, TypeError: the prompt or the parameters do not suit the model; says why.
+        """
+        text, ids = self._tokenize(prompt)
+        self._check_ids(ids)
+        params = self._fit(params, len(ids))
+        seed = params.seed if params.seed is not None else random.getrandbits(63)
+        seeded = dataclasses.replace(params, seed=seed)
+        stop_ids = frozenset(params.stop_token_ids or ())
+        if not params.ignore_eos:
+            stop_ids |= frozenset(self.model_config.eos_token_ids)
+        group = Group(group_id, text, [])
+        for index in range(params.n):
+            request = Request(
+                id=group_id if params.n == 1 else f"{group_id}/{index}",
+                prompt_ids=ids,
+                params=params,
+                seed=seeded.noise_seed(index),
+                stop_ids=stop_ids,
+                arrival_s=arrival_s,
+            )
+            group.requests.append(request)
+            group.texts[request] = (
+                None if self.tokenizer is None else CompletionText(self.tokenizer, ids, params)
+            )
+        return group
+
+    def _tokenize(self, prompt: Prompt) -> tuple[str | None, tuple[int, ...]]:
+        if isinstance(prompt, str):
+            if not prompt:
+                raise ValueError("the prompt is empty; give at least one character or token")
+            return prompt, tuple(self._need_tokenizer("a text").encode(prompt))
+        if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
+            raise TypeError(
+                f"a prompt of type {type(prompt).__name__}; give a text, a list of token ids, or "
+                "a list of chat messages"
+            )
+        if not prompt:
+            raise ValueError("the prompt is empty; give at least one character or token")
+        if all(isinstance(part, Mapping) for part in prompt):
+            tokenizer = self._need_tokenizer("a chat")
+            text = tokenizer.apply_chat_template(prompt)  # type: ignore[arg-type]
+            return text, tuple(tokenizer.encode(text, add_special_tokens=False))
+        ids = []
+        for part in prompt:
+            if not isinstance(part, numbers.Integral) or isinstance(part, bool):
+                raise TypeError(
+                    f"the prompt has {part!r} among its token ids; give whole numbers only"
+                )
+            ids.append(int(part))
+        return None, tuple(ids)
+
+    def _need_tokenizer(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{what} was given, but the checkpoint has no tokenizer.json; give token ids, or "
+                "put the tokenizer beside the weights"
+            )
+        return self.tokenizer
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        vocab = self.model_config.vocab_size
+        if not ids:
+            raise ValueError("the prompt has no tokens; give at least one")
+        bad = next((token for token in ids if not 0 <= token < vocab), None)
+        if bad is not None:
+            raise ValueError(
+                f"token id {bad} is outside the vocabulary of {vocab} tokens; "
+                f"use ids from 0 to {vocab - 1}"
+            )
+        if len(ids) >= self.max_model_len:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, and with room for one more the limit is "
+                f"max_model_len={self.max_model_len} (the model's context is "
+                f"{self.model_config.max_context}); shorten the prompt"
+            )
+
+    def _fit(self, params: SamplingParams, prompt_tokens: int) -> SamplingParams:
+        vocab = self.model_config.vocab_size
+        for token in params.logit_bias or ():
+            if token >= vocab:
+                raise ValueError(
+                    f"logit_bias names token {token}, outside the vocabulary of {vocab} tokens; "
+                    f"use ids from 0 to {vocab - 1}"
+                )
+        if params.stop_strings:
+            self._need_tokenizer("a stop string")
+        room = self.max_model_len - prompt_tokens
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        min_tokens = min(params.min_tokens, max_tokens)
+        total = prompt_tokens + max_tokens - 1
+        bytes_needed = -(-total // self.tile_tokens) * self.chunk_bytes
+        if bytes_needed > self.room_bytes:
+            raise ValueError(
+                f"a prompt of {prompt_tokens} tokens with up to {max_tokens} new ones takes "
+                f"{format_bytes(bytes_needed)} of KV cache, and device_memory leaves "
+                f"{format_bytes(self.room_bytes)} beside weights and activations: it can never "
+                "run; raise device_memory, or lower max_tokens"
+            )
+        return dataclasses.replace(params, max_tokens=max_tokens, min_tokens=min_tokens)

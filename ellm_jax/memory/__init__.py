@@ -1,0 +1,1 @@
+"""Who owns which bytes: plain Python over the native ledger; no JAX."""

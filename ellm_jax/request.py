@@ -1,0 +1,110 @@
+"""A request while the engine has it: what it asked for and how far it is."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from ellm_jax.outputs import FinishReason, TokenLogprobs
+from ellm_jax.sampling import SamplingParams
+
+
+class Status(enum.Enum):
+    """Where a request stands."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Request:
+    """One completion of one prompt. Compared and hashed by identity.
+
+    Attributes:
+        id: unique in the engine.
+        prompt_ids: the prompt.
+        params: how to sample; `max_tokens` is set.
+        seed: of its noise, 32 bits.
+        stop_ids: tokens that end it, the model's end-of-text tokens included unless ignored.
+        arrival_s: when the engine was given it.
+        output_ids: tokens that have reached the host.
+        logprobs: one entry per output token, if asked for.
+        prompt_logprobs: one entry per prompt token computed so far, if asked for.
+        slot: its KV slot while it runs.
+        computed: leading tokens whose K and V are written, or will be by steps in flight.
+        in_flight: tokens sampled by steps in flight, not yet known here.
+        state_row: its row of the sampler state; 0 for none.
+        num_preemptions: how often it lost its slot.
+        num_failures: how many steps with it failed.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    stop_ids: frozenset[int]
+    arrival_s: float
+    output_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    status: Status = Status.WAITING
+    slot: int | None = None
+    computed: int = 0
+    in_flight: int = 0
+    state_row: int = 0
+    num_preemptions: int = 0
+    num_failures: int = 0
+    first_scheduled_s: float | None = None
+    first_token_s: float | None = None
+    finished_s: float | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens it may generate."""
+        assert self.params.max_tokens is not None
+        return self.params.max_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and output, those in flight included."""
+        return len(self.prompt_ids) + len(self.output_ids) + self.in_flight
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Most tokens it can come to hold: its last token is never written to the KV cache."""
+        return len(self.prompt_ids) + self.max_tokens - 1
+
+    @property
+    def remaining(self) -> int:
+        """Tokens still to compute before the next one can be sampled; 0 when all are sampled."""
+        if len(self.output_ids) + self.in_flight >= self.max_tokens:
+            return 0
+        return self.num_tokens - self.computed
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether log probabilities of its prompt are still to be reported."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(
+            self.prompt_ids
+        )
+
+    def tokens(self, begin: int, end: int) -> list[int]:
+        """Token ids [begin, end); -1 for the one in flight."""
+        known = len(self.prompt_ids)
+        if end <= known:
+            return list(self.prompt_ids[begin:end])
+        ids = list(self.prompt_ids[begin:known]) if begin < known else []
+        ids += self.output_ids[max(0, begin - known) : end - known]
+        return ids + [-1] * (end - begin - len(ids))
+
+    def restart(self) -> None:
+        """Forgets what was computed, to be prefilled anew with its output as part of the prompt."""
+        assert self.in_flight == 0, "tokens in flight would be lost"
+        self.slot = None
+        self.computed = 0
+        self.state_row = 0
+        self.status = Status.WAITING

@@ -1,0 +1,1 @@
+"""Steps: what is compiled, what goes in, what comes out."""

@@ -1,0 +1,47 @@
+"""Which padded shapes steps come in. Few, so that compiling is bounded: the native kernels skip
+padding, which makes a coarse bucket cheap."""
+
+from __future__ import annotations
+
+from ellm_jax.runtime.batch import StepShape
+
+_RATIO = 4
+_SMALLEST_PREFILL = 32
+
+
+def _ladder(start: int, top: int) -> list[int]:
+    """`start`, then times `_RATIO` each, with `top` last."""
+    steps = []
+    while start < top:
+        steps.append(start)
+        start *= _RATIO
+    return [*steps, top]
+
+
+class Buckets:
+    """The shapes of decode steps (a row per sequence) and of steps with prefill chunks."""
+
+    def __init__(self, max_num_seqs: int, max_batch_tokens: int):
+        """Covers every step of at most so many sequences and tokens."""
+        self.max_rows = max(max_num_seqs, max_batch_tokens)
+        self._seqs = _ladder(1, max_num_seqs)
+        self._rows = _ladder(min(_SMALLEST_PREFILL, self.max_rows), self.max_rows)
+
+    def fit(self, rows: int, seqs: int) -> StepShape:
+        """The smallest shape that holds so many token rows and sequences."""
+        s = next(s for s in self._seqs if s >= seqs)
+        if rows <= s:
+            return StepShape(s, s)
+        return StepShape(next(t for t in self._rows if t >= max(rows, s)), s)
+
+    def rows_below(self, rows: int) -> int | None:
+        """The largest prefill size under `rows`, to try when a step's need does not fit."""
+        return max((t for t in self._rows if t < rows), default=None)
+
+    def common(self) -> list[StepShape]:
+        """Shapes that cover every step, and the one that most steps have; the rest may be compiled
+        while these serve."""
+        most = self._seqs[-1]
+        shapes = [StepShape(1, 1), StepShape(self.max_rows, 1), StepShape(self._rows[0], 1)]
+        shapes += [StepShape(most, most), StepShape(self.max_rows, most)]
+        return list(dict.fromkeys(shapes))

@@ -1,0 +1,108 @@
+"""Which compiled step a batch runs on: warmed up at start, refined in the background."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+
+import jax
+from tqdm import tqdm
+
+from ellm_jax.runtime.batch import StepShape
+from ellm_jax.runtime.buckets import Buckets
+from ellm_jax.runtime.runner import Runner, StepKey
+from ellm_jax.runtime.step import StepMode
+
+_PLAIN = StepMode()
+
+
+def use_compilation_cache(directory: str | None) -> None:
+    """Keeps compiled steps in `directory` between runs; None: in the user's cache directory; "":
+    nowhere. A cache that the process has set up for JAX already is left as it is."""
+    if directory == "" or (directory is None and jax.config.jax_compilation_cache_dir):
+        return
+    if directory is None:
+        base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        directory = str(pathlib.Path(base) / "ellm_jax" / "xla")
+    jax.config.update("jax_compilation_cache_dir", directory)
+    # Every step is worth keeping: together they are what a start waits for.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+class StepCompiler:
+    """Compiles steps, and picks one for a batch.
+
+    A step that is compiled and covers the batch is taken rather than waiting for the exact one,
+    which is then compiled in the background. Only a mode never seen before is waited for.
+    """
+
+    def __init__(self, runner: Runner, buckets: Buckets, *, progress: bool):
+        """`progress` shows what is compiled while somebody waits for it."""
+        self._runner = runner
+        self._buckets = buckets
+        self._progress = progress
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="ellm-compile")
+        self._pending: dict[StepKey, Future[int]] = {}
+        self._needs: dict[StepKey, int] = {}
+
+    def warm_up(self) -> None:
+        """Compiles steps that cover every batch in the plain mode, showing progress."""
+        keys = [self._key(shape, _PLAIN) for shape in self._buckets.common()]
+        workers = min(4, os.cpu_count() or 1)
+        with ThreadPoolExecutor(workers) as pool, self._bar(len(keys), "Compiling steps") as bar:
+            jobs = {pool.submit(self._runner.compile, key): key for key in keys}
+            for job in as_completed(jobs):
+                self._needs[jobs[job]] = job.result()
+                bar.update()
+
+    def choose(self, rows: int, seqs: int, mode: StepMode) -> StepKey:
+        """The step to run for so many token rows and sequences."""
+        exact = self._key(self._buckets.fit(rows, seqs), mode)
+        self._collect()
+        if exact in self._needs:
+            return exact
+        covering = [
+            key
+            for key in self._needs
+            if key.mode == mode
+            and key.state_rows == exact.state_rows
+            and key.shape.rows >= rows
+            and key.shape.seqs >= seqs
+        ]
+        if not covering:
+            return exact
+        if exact not in self._pending:
+            self._pending[exact] = self._background.submit(self._runner.compile, exact)
+        return min(covering, key=lambda key: (key.shape.rows, key.shape.seqs))
+
+    def ensure(self, key: StepKey) -> int:
+        """What the step needs in bytes; compiles it first if it is not."""
+        if key not in self._needs:
+            with self._bar(1, f"Compiling a step of {key.shape.rows} tokens") as bar:
+                self._needs[key] = self._runner.compile(key)
+                bar.update()
+        return self._needs[key]
+
+    def need_bytes(self, rows: int, seqs: int) -> int:
+        """What a step of this size needs in whichever mode it has come to run."""
+        key = self.choose(rows, seqs, _PLAIN)
+        plain = self.ensure(key)
+        others = (need for k, need in self._needs.items() if k.shape == key.shape)
+        return max(others, default=plain)
+
+    def close(self) -> None:
+        """Gives up what waits to be compiled and waits for what is being compiled."""
+        self._background.shutdown(wait=True, cancel_futures=True)
+
+    def _key(self, shape: StepShape, mode: StepMode) -> StepKey:
+        return StepKey(shape, mode, self._runner.state_rows)
+
+    def _collect(self) -> None:
+        """Takes over what the background has finished; a failure there is raised here."""
+        for key in [key for key, job in self._pending.items() if job.done()]:
+            self._needs[key] = self._pending.pop(key).result()
+
+    def _bar(self, total: int, what: str) -> tqdm:
+        return tqdm(total=total, desc=what, unit="step", disable=not self._progress, leave=False)

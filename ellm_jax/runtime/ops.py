@@ -1,0 +1,127 @@
+"""The custom calls of the native library as typed JAX functions."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from ellm_jax import _native
+
+
+@functools.cache
+def register() -> None:
+    """Makes the native handlers known to XLA. Has to precede the first lookup of a compiled step
+    in the persistent cache; calling it again does nothing."""
+    for name, handler in _native.ffi_registrations().items():
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    meta: jax.Array,
+    layer: jax.Array,
+    window: jax.Array,
+    epoch: jax.Array,
+    *,
+    scale: float,
+    soft_cap: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Writes k and v of a ragged batch into the KV slots and attends to what the slots hold.
+
+    The order among calls that touch the memory is that of the epoch, and only that: pass the epoch
+    of the call before.
+
+    Args:
+        q: `[T, Hq, D]`, float32 or bfloat16 like k, v and the memory.
+        k: `[T, Hkv, D]`.
+        v: `[T, Hkv, D]`.
+        meta: `i32[M]`, a packed step (`StepLayout`): which rows belong to which slot.
+        layer: `i32[]`.
+        window: `i32[]`, how many tokens a query sees, itself included; 0 sees all.
+        epoch: `i32[1]`.
+        scale: multiplies q . k.
+        soft_cap: scores become `soft_cap * tanh(score / soft_cap)`; 0 leaves them.
+
+    Returns:
+        `[T, Hq, D]` like q, rows past the batch zero; and the next epoch.
+
+    Raises:
+        jax.errors.JaxRuntimeError: when the step runs, if a slot is not mapped far enough (the
+            message names slot, tokens and mapped length) or the metadata contradicts the shapes.
+    """
+    call = jax.ffi.ffi_call(
+        "ellm_attention",
+        (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((1,), jnp.int32)),
+        has_side_effect=True,
+        input_output_aliases={5: 1},
+    )
+    out, epoch = call(
+        q,
+        k,
+        v,
+        meta,
+        jnp.stack([layer, window]),
+        epoch,
+        scale=np.float32(scale),
+        soft_cap=np.float32(soft_cap),
+    )
+    return out, epoch
+
+
+def linear(
+    x: jax.Array, weight: jax.Array, layer: jax.Array, rows: jax.Array, out_dtype: DTypeLike
+) -> jax.Array:
+    """`x[:rows] @ weight[layer].T`, accumulated in float32; each row in an order of its own.
+
+    Args:
+        x: `[T, K]`.
+        weight: `[L, N, K]`; only the layer asked for is read, and nothing is copied.
+        layer: `i32[]`.
+        rows: `i32[1]`, rows in use.
+        out_dtype: float32 or bfloat16.
+
+    Returns:
+        `[T, N]`, zero past `rows`.
+    """
+    call = jax.ffi.ffi_call(
+        "ellm_linear", jax.ShapeDtypeStruct((x.shape[0], weight.shape[1]), out_dtype)
+    )
+    return call(x, weight, layer.reshape(1), rows)
+
+
+class NativeOps:
+    """`ModelOps` over the custom calls, for one packed step."""
+
+    def __init__(self, meta: jax.Array, rows: jax.Array):
+        """Takes the packed step (`i32[M]`) and how many rows of its tokens are in use (`i32[1]`)."""
+        self._meta = meta
+        self._rows = rows
+
+    def linear(
+        self,
+        x: jax.Array,
+        weight: jax.Array,
+        layer: jax.Array,
+        out_dtype: DTypeLike | None = None,
+    ) -> jax.Array:
+        """See `ModelOps.linear`; rows past those in use are zero."""
+        return linear(x, weight, layer, self._rows, x.dtype if out_dtype is None else out_dtype)
+
+    def attend(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        layer: jax.Array,
+        window: jax.Array,
+        cache: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `ModelOps.attend`; the cache is the epoch (`i32[1]`)."""
+        scale = q.shape[-1] ** -0.5
+        return attention(q, k, v, self._meta, layer, window, cache, scale=scale)

@@ -1,0 +1,115 @@
+"""The jitted step: a ragged batch of prefill chunks and decodes, and the sampling behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from ellm_jax.models.decoder import Decoder
+from ellm_jax.runtime import sampler
+from ellm_jax.runtime.batch import StepLayout, resolve_tokens
+from ellm_jax.runtime.ops import NativeOps
+from ellm_jax.runtime.sampler import Logprobs, SamplerState
+from ellm_jax.sampling import MAX_LOGPROBS
+
+# Prompt rows whose logits exist at once: with a vocabulary of 128K, 16 rows take 8 MiB.
+_PROMPT_ROWS = 16
+
+
+@dataclass(frozen=True)
+class StepMode:
+    """What a step does besides the forward pass; each mode is compiled on its own.
+
+    Attributes:
+        logprobs: report log probabilities of the sampled rows.
+        prompt_logprobs: report log probabilities of the prompt's tokens.
+    """
+
+    logprobs: bool = False
+    prompt_logprobs: bool = False
+
+
+class StepCarry(NamedTuple):
+    """What a step hands to the next one, on the device.
+
+    Attributes:
+        epoch: i32[1], orders the steps that touch the KV memory.
+        last_tokens: i32[num_slots], the token last sampled for each slot.
+    """
+
+    epoch: jax.Array
+    last_tokens: jax.Array
+
+
+class StepResult(NamedTuple):
+    """What a step tells the host.
+
+    Attributes:
+        tokens: i32[S], of the sampled rows.
+        logprobs: [S], if asked for.
+        prompt_logprobs: [T], of the token after each row, if asked for.
+    """
+
+    tokens: jax.Array
+    logprobs: Logprobs | None
+    prompt_logprobs: Logprobs | None
+
+
+def initial_carry(num_slots: int) -> StepCarry:
+    """The carry of the first step."""
+    return StepCarry(jnp.zeros(1, jnp.int32), jnp.zeros(num_slots, jnp.int32))
+
+
+StepFunction = Callable[
+    [Any, jax.Array, StepCarry, SamplerState],
+    tuple[StepResult, StepCarry, SamplerState],
+]
+
+
+def build_step(graph: nnx.GraphDef[Decoder], layout: StepLayout, mode: StepMode) -> StepFunction:
+    """The step of one bucket and mode: (weights, meta, carry, sampler state) -> (result, carry,
+    sampler state). Carry and sampler state are donated.
+    """
+
+    def step(
+        weights: Any, meta: jax.Array, carry: StepCarry, state: SamplerState
+    ) -> tuple[StepResult, StepCarry, SamplerState]:
+        model = nnx.merge(graph, weights)
+        batch = layout.unpack(meta)
+        tokens = resolve_tokens(batch.tokens, carry.last_tokens)
+        hidden, epoch = model(tokens, batch.positions, NativeOps(meta, batch.num_rows), carry.epoch)
+        last = hidden[batch.sample_rows]
+        logits = model.logits(last, NativeOps(meta, batch.num_samples))
+        chosen, state = sampler.sample(logits, batch.sampling, state)
+        result = StepResult(
+            tokens=chosen,
+            logprobs=sampler.logprobs(logits, chosen, MAX_LOGPROBS) if mode.logprobs else None,
+            prompt_logprobs=_prompt_logprobs(model, hidden, batch.targets, meta)
+            if mode.prompt_logprobs
+            else None,
+        )
+        last_tokens = carry.last_tokens.at[batch.sample_slots].set(chosen, mode="drop")
+        return result, StepCarry(epoch, last_tokens), state
+
+    return jax.jit(step, donate_argnums=(2, 3))
+
+
+def _prompt_logprobs(
+    model: Decoder, hidden: jax.Array, targets: jax.Array, meta: jax.Array
+) -> Logprobs:
+    """Log probabilities of `targets` (i32[T]) after `hidden` ([T, H]), a few rows at a time."""
+    rows = min(_PROMPT_ROWS, hidden.shape[0])
+    ops = NativeOps(meta, jnp.full(1, rows, jnp.int32))
+
+    def block(inputs: tuple[jax.Array, jax.Array]) -> Logprobs:
+        hidden, targets = inputs
+        return sampler.logprobs(model.logits(hidden, ops), targets, MAX_LOGPROBS)
+
+    blocks = lax.map(block, (hidden.reshape(-1, rows, hidden.shape[-1]), targets.reshape(-1, rows)))
+    return jax.tree.map(lambda x: x.reshape(hidden.shape[0], *x.shape[2:]), blocks)

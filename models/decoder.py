@@ -1,0 +1,158 @@
+"""The decoder of all families (Flax NNX): what differs between them is configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+
+from ellm_jax.models.config import ModelConfig
+from ellm_jax.models.ops import ModelOps
+from ellm_jax.models.params import param_shapes
+from ellm_jax.models.rope import apply_rotation, rotation
+
+# Per-layer vectors: small enough that a scan may slice them. The matrices stay whole.
+_SCANNED = (
+    "attn_norm",
+    "mlp_norm",
+    "q_norm",
+    "k_norm",
+    "qkv_bias",
+    "o_bias",
+    "gate_up_bias",
+    "down_bias",
+)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Divide the last axis by its root mean square and multiply by `scale`, all in float32."""
+    wide = x.astype(jnp.float32)
+    inverse = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def _initial(name: str, shape: tuple[int, ...], dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Param:
+    if name.endswith("norm"):
+        return nnx.Param(jnp.ones(shape, dtype))
+    if name.endswith("bias"):
+        return nnx.Param(jnp.zeros(shape, dtype))
+    return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
+
+
+class Blocks(nnx.Module):
+    """The layers' parameters, each stacked over all layers; see `param_shapes`."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        for name, shape in param_shapes(config).items():
+            if name.startswith("blocks."):
+                setattr(self, name.removeprefix("blocks."), _initial(name, shape, dtype, rngs))
+
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer over a flat list of tokens.
+
+    Attributes:
+        config: static.
+        embed: `[V, H]`.
+        blocks: the layers, stacked.
+        final_norm: `[H]`.
+        lm_head: `[V, H]`; absent where the embedding is tied.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        for name, shape in param_shapes(config).items():
+            if not name.startswith("blocks."):
+                setattr(self, name, _initial(name, shape, dtype, rngs))
+        self.blocks = Blocks(config, dtype=dtype, rngs=rngs)
+
+    @classmethod
+    def from_params(cls, config: ModelConfig, params: Mapping[str, jax.Array]) -> Decoder:
+        """A decoder of existing arrays: those of `param_shapes`, by dotted name."""
+        graph, state = nnx.split(nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0))))
+        filled = [
+            (path, variable.replace(params[".".join(path)]))
+            for path, variable in nnx.to_flat_state(state)
+        ]
+        model: Decoder = nnx.merge(graph, nnx.from_flat_state(filled))
+        return model
+
+    def named_params(self) -> dict[str, jax.Array]:
+        """The parameters by dotted name, as `from_params` takes them."""
+        flat = nnx.to_flat_state(nnx.state(self, nnx.Param))
+        return {".".join(path): variable[...] for path, variable in flat}
+
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, ops: ModelOps, cache: Any
+    ) -> tuple[jax.Array, Any]:
+        """Run all layers over one step's tokens.
+
+        Args:
+            tokens: `i32[T]`; ids outside the vocabulary read its first or last row.
+            positions: `i32[T]`, of each token in its own sequence.
+            ops: the engine's matrix products and attention.
+            cache: passed through `ops.attend`, layer by layer.
+
+        Returns:
+            Normalised hidden states `[T, H]` in the model's dtype, and the cache.
+        """
+        config, blocks = self.config, self.blocks
+        cos, sin = rotation(config.rope, config.head_dim, positions)
+
+        def block(carry: tuple[jax.Array, Any], this: dict[str, jax.Array]) -> tuple[Any, None]:
+            x, cache = carry
+            layer = this["layer"]
+
+            def linear(x: jax.Array, name: str) -> jax.Array:
+                y = ops.linear(x, getattr(blocks, name)[...], layer)
+                return y + this[f"{name}_bias"] if f"{name}_bias" in this else y
+
+            h = rms_norm(x, this["attn_norm"], config.norm_eps)
+            q, k, v = self._split_heads(linear(h, "qkv"))
+            if config.qk_norm:
+                q = rms_norm(q, this["q_norm"], config.norm_eps)
+                k = rms_norm(k, this["k_norm"], config.norm_eps)
+            q, k = apply_rotation(q, cos, sin), apply_rotation(k, cos, sin)
+            mixed, cache = ops.attend(q, k, v, layer, this["window"], cache)
+            x = x + linear(mixed.reshape(x.shape[0], config.q_size), "o")
+
+            h = rms_norm(x, this["mlp_norm"], config.norm_eps)
+            gate, up = jnp.split(linear(h, "gate_up").astype(jnp.float32), 2, axis=-1)
+            x = x + linear((jax.nn.silu(gate) * up).astype(x.dtype), "down")
+            return (x, cache), None
+
+        x = jnp.take(self.embed[...], tokens, axis=0, mode="clip")
+        (x, cache), _ = lax.scan(block, (x, cache), self._per_layer())
+        return rms_norm(x, self.final_norm[...], config.norm_eps), cache
+
+    def logits(self, hidden: jax.Array, ops: ModelOps) -> jax.Array:
+        """Scores of every token of the vocabulary: `[R, H]` in, `f32[R, V]` out."""
+        head = self.embed if self.config.tie_embeddings else self.lm_head
+        scores = ops.linear(hidden, head[...][None], jnp.int32(0))
+        return scores.astype(jnp.float32)
+
+    def _split_heads(self, qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`[T, (Hq + 2 Hkv) D]` to `[T, Hq, D]`, `[T, Hkv, D]` and `[T, Hkv, D]`."""
+        config = self.config
+        heads = qkv.reshape(qkv.shape[0], -1, config.head_dim)
+        q, k, v = jnp.split(
+            heads, (config.num_heads, config.num_heads + config.num_kv_heads), axis=1
+        )
+        return q, k, v
+
+    def _per_layer(self) -> dict[str, jax.Array]:
+        """What the scan over layers slices: the index, the window and the small vectors."""
+        config = self.config
+        scanned = {
+            "layer": jnp.arange(config.num_layers, dtype=jnp.int32),
+            "window": jnp.asarray(config.sliding_window, dtype=jnp.int32),
+        }
+        for name in _SCANNED:
+            if hasattr(self.blocks, name):
+                scanned[name] = getattr(self.blocks, name)[...]
+        return scanned

@@ -1,0 +1,53 @@
+"""What a model asks of the engine: matrix products and attention, and nothing of memory."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import jax
+
+
+class ModelOps(Protocol):
+    """The computations that an engine supplies to a model.
+
+    T is the number of tokens in the step, L of layers, N and K of outputs and inputs, Hq and Hkv of
+    query and key-value heads, D the head size. `layer` is an `i32[]`, traced inside a scan, so that
+    a custom call may index the stacked weights instead of being given a copied slice.
+    """
+
+    def linear(self, x: jax.Array, weight: jax.Array, layer: jax.Array) -> jax.Array:
+        """`x @ weight[layer].T`, accumulated in float32.
+
+        Args:
+            x: `[T, K]`.
+            weight: `[L, N, K]`, all layers.
+            layer: `i32[]`.
+
+        Returns:
+            `[T, N]` in the dtype of x.
+        """
+        ...
+
+    def attend(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        layer: jax.Array,
+        window: jax.Array,
+        cache: Any,
+    ) -> tuple[jax.Array, Any]:
+        """Store the tokens' keys and values in the cache and attend causally; scale 1/sqrt(D).
+
+        Args:
+            q: `[T, Hq, D]`, rotated.
+            k: `[T, Hkv, D]`, rotated; query head h reads key-value head `h // (Hq // Hkv)`.
+            v: `[T, Hkv, D]`.
+            layer: `i32[]`.
+            window: `i32[]`, how many tokens a query sees, itself included; 0 sees all.
+            cache: a pytree of the engine's own, threaded through the layers.
+
+        Returns:
+            `[T, Hq, D]` in the dtype of q, and the cache.
+        """
+        ...

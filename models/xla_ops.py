@@ -1,0 +1,51 @@
+"""Plain JAX operations over one whole sequence: for training, and as the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class XlaOps:
+    """`ModelOps` without a cache: the tokens are one sequence from its start. Differentiable."""
+
+    def linear(self, x: jax.Array, weight: jax.Array, layer: jax.Array) -> jax.Array:
+        """`x @ weight[layer].T` in float32, returned in the dtype of x."""
+        return jnp.einsum(
+            "tk,nk->tn",
+            x,
+            weight[layer],
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        ).astype(x.dtype)
+
+    def attend(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        layer: jax.Array,
+        window: jax.Array,
+        cache: Any,
+    ) -> tuple[jax.Array, Any]:
+        """Dense causal attention of `[T, Hq, D]` over `[T, Hkv, D]`; `layer` and cache unused."""
+        tokens, heads, head_dim = q.shape
+        kv_heads = k.shape[1]
+        grouped = q.reshape(tokens, kv_heads, heads // kv_heads, head_dim)
+        scores = jnp.einsum(
+            "thgd,shd->hgts",
+            grouped,
+            k,
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
+        distance = jnp.arange(tokens)[:, None] - jnp.arange(tokens)[None, :]
+        visible = (distance >= 0) & ((window == 0) | (distance < window))
+        weights = jax.nn.softmax(jnp.where(visible, scores * head_dim**-0.5, -jnp.inf), axis=-1)
+        mixed = jnp.einsum(
+            "hgts,shd->thgd", weights, v.astype(jnp.float32), precision=lax.Precision.HIGHEST
+        )
+        return mixed.reshape(tokens, heads, head_dim).astype(q.dtype), cache

@@ -1,0 +1,11 @@
+// The FFI handlers of the library.
+#pragma once
+
+#include "xla/ffi/api/c_api.h"
+
+namespace ellm {
+
+extern "C" XLA_FFI_Error* attention_handler(XLA_FFI_CallFrame* call_frame);
+extern "C" XLA_FFI_Error* linear_handler(XLA_FFI_CallFrame* call_frame);
+
+}  // namespace ellm

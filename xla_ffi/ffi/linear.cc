@@ -1,0 +1,74 @@
+// XLA FFI handler of `ellm_linear`: one layer of a stacked weight times the rows in use.
+#include "kernels/cpu/linear.h"
+
+#include <cstring>
+#include <string>
+
+#include "ffi/handlers.h"
+#include "ffi/thread_pool.h"
+#include "kernels/cpu/dispatch.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ellm {
+
+namespace xf = xla::ffi;
+
+namespace {
+
+bool to_element_type(xf::DataType type, ElementType* out) {
+  if (type != xf::DataType::F32 && type != xf::DataType::BF16) return false;
+  *out = type == xf::DataType::F32 ? ElementType::kFloat32 : ElementType::kBFloat16;
+  return true;
+}
+
+// x [T, K], weight [L, N, K], layer s32[1], rows s32[1] -> out [T, N]; rows past `rows` are zero.
+xf::Error linear_impl(xf::ThreadPool pool, xf::AnyBuffer x, xf::AnyBuffer weight,
+                      xf::Buffer<xf::S32> layer, xf::Buffer<xf::S32> rows,
+                      xf::Result<xf::AnyBuffer> out) {
+  const auto xd = x.dimensions();
+  const auto wd = weight.dimensions();
+  const auto od = out->dimensions();
+  if (xd.size() != 2 || wd.size() != 3 || od.size() != 2 || xd[1] != wd[2] || od[0] != xd[0] ||
+      od[1] != wd[1]) {
+    return xf::Error(xf::ErrorCode::kInvalidArgument,
+                     "ellm_linear: x [T, K], weight [L, N, K] and result [T, N] do not fit");
+  }
+  ElementType x_type, w_type, out_type;
+  if (!to_element_type(x.element_type(), &x_type) ||
+      !to_element_type(weight.element_type(), &w_type) ||
+      !to_element_type(out->element_type(), &out_type)) {
+    return xf::Error(xf::ErrorCode::kInvalidArgument,
+                     "ellm_linear: operands have to be float32 or bfloat16");
+  }
+  const int64_t l = layer.typed_data()[0];
+  const int64_t used = rows.typed_data()[0];
+  if (l < 0 || l >= wd[0] || used < 0 || used > xd[0]) {
+    return xf::Error(xf::ErrorCode::kInvalidArgument,
+                     "ellm_linear: layer " + std::to_string(l) + " of " + std::to_string(wd[0]) +
+                         ", " + std::to_string(used) + " rows of " + std::to_string(xd[0]));
+  }
+  const int64_t n = wd[1];
+  const int64_t k = wd[2];
+  const char* w =
+      static_cast<const char*>(weight.untyped_data()) + l * n * k * element_bytes(w_type);
+  XlaParallel parallel(pool);
+  linear(kernels(), x.untyped_data(), x_type, w, w_type, out->untyped_data(), out_type, used, n, k,
+         [&](int64_t units, const std::function<void(int64_t)>& body) { parallel(units, body); });
+  const int64_t row_bytes = n * element_bytes(out_type);
+  std::memset(static_cast<char*>(out->untyped_data()) + used * row_bytes, 0,
+              (xd[0] - used) * row_bytes);
+  return xf::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_handler, linear_impl,
+                              xf::Ffi::Bind()
+                                  .Ctx<xf::ThreadPool>()
+                                  .Arg<xf::AnyBuffer>()
+                                  .Arg<xf::AnyBuffer>()
+                                  .Arg<xf::Buffer<xf::S32>>()
+                                  .Arg<xf::Buffer<xf::S32>>()
+                                  .Ret<xf::AnyBuffer>());
+
+}  // namespace ellm

@@ -1,0 +1,22 @@
+#include "ffi/registrations.h"
+
+#include "ffi/handlers.h"
+
+namespace ellm {
+
+namespace {
+
+nanobind::capsule capsule(XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*)) {
+  return nanobind::capsule(reinterpret_cast<void*>(handler));
+}
+
+}  // namespace
+
+nanobind::dict ffi_registrations() {
+  nanobind::dict registrations;
+  registrations["ellm_attention"] = capsule(attention_handler);
+  registrations["ellm_linear"] = capsule(linear_handler);
+  return registrations;
+}
+
+}  // namespace ellm

@@ -1,0 +1,95 @@
+// The CPU kernels as plain functions on pointers and shapes. Every instruction set
+// provides one table of them; dispatch.h picks the table at run time.
+//
+// Contract of all kernels: a result row is reduced in one fixed order that depends on
+// that row alone. What else is in the batch, how rows are blocked and how many threads
+// run changes no bit of it.
+#pragma once
+
+#include <cstdint>
+
+#include "kv/layout.h"
+
+namespace ellm {
+
+enum class ElementType { kFloat32, kBFloat16 };
+
+inline int64_t element_bytes(ElementType type) { return type == ElementType::kFloat32 ? 4 : 2; }
+
+// out[m, n] = sum_k x[m, k] * w[n, k], accumulated in float32.
+struct LinearArgs {
+  const float* x;     // [rows, x_stride], zero beyond k up to x_stride
+  int64_t x_stride;   // floats, a multiple of Kernels::lanes
+  const void* w;      // [n, k] of w_type, dense
+  ElementType w_type;
+  void* out;          // [rows, n] of out_type, dense
+  ElementType out_type;
+  int64_t rows;
+  int64_t n;
+  int64_t k;
+};
+
+// One sequence of a ragged batch.
+struct SequenceSpan {
+  int32_t slot;
+  int32_t context_tokens;  // tokens already in the slot before this step
+  int32_t row_begin;       // first row of q, k, v
+  int32_t row_count;       // new tokens of this step
+};
+
+// Attention of a ragged batch over the KV slots of one layer.
+struct AttentionArgs {
+  const void* q;  // [rows, q_heads, head_dim]
+  void* out;      // like q
+  ElementType type;
+  int64_t q_heads;
+  KvLayout kv;    // kv heads, head_dim and where the K and V of a token lie
+  char* kv_base;  // slot 0; slot s starts s * kv.slot_bytes further on
+  int64_t layer;
+  int64_t window;      // a token sees the last `window` tokens, itself included; 0: all
+  float scale;
+  float soft_cap;      // cap * tanh(score / cap); 0: none
+  int64_t part_tokens;  // online softmax starts afresh every part_tokens (a multiple of the tile)
+};
+
+// Rows [token_begin, token_end) of a sequence with one KV head, over the parts
+// [part_begin, part_end) of its context.
+struct AttentionUnit {
+  SequenceSpan span;
+  int64_t kv_head;
+  int64_t token_begin;  // relative to the span
+  int64_t token_end;
+  int64_t part_begin;
+  int64_t part_end;
+};
+
+// Online-softmax state of `rows` query rows: maximum, sum, and the weighted V, unnormalised.
+struct SoftmaxState {
+  float* max;  // [rows]
+  float* sum;  // [rows]
+  float* acc;  // [rows, acc_stride]
+};
+
+struct Kernels {
+  const char* isa;
+  int64_t lanes;  // float32 lanes of a vector
+
+  // Converts [rows, k] of `type` to float32 rows of `x_stride` floats, zero padded.
+  void (*to_float)(const void* x, ElementType type, int64_t rows, int64_t k, int64_t x_stride,
+                   float* out);
+  // Columns [n_begin, n_end) of `out`.
+  void (*linear)(const LinearArgs& args, int64_t n_begin, int64_t n_end);
+  // Floats of scratch that `attend` needs for a unit of `rows` = tokens * q_heads / kv_heads.
+  int64_t (*attend_scratch_floats)(const AttentionArgs& args, int64_t rows);
+  // Attends `unit`. With `partial` null the result goes to args.out; otherwise the state of each
+  // part goes to partial[part - part_begin] and nothing is written to args.out.
+  void (*attend)(const AttentionArgs& args, const AttentionUnit& unit, float* scratch,
+                 const SoftmaxState* partial);
+  // Merges the states of consecutive parts, first to last, and writes the unit's rows to args.out.
+  void (*merge)(const AttentionArgs& args, const AttentionUnit& unit, const SoftmaxState* partial,
+                float* scratch);
+  // Floats between rows of SoftmaxState::acc.
+  int64_t (*acc_stride)(int64_t head_dim);
+};
+
+}  // namespace ellm

@@ -1,0 +1,12 @@
+#include "kernels/cpu/attention.inl"
+#include "kernels/cpu/linear.inl"
+
+namespace ellm::ELLM_ISA {
+
+const Kernels& table() {
+  static const Kernels table = {"generic",  kLanes, to_float, linear, attend_scratch_floats,
+                                attend, merge,  acc_stride};
+  return table;
+}
+
+}  // namespace ellm::ELLM_ISA

@@ -1,0 +1,45 @@
+#include "kernels/cpu/linear.h"
+
+#include <algorithm>
+
+#include "kernels/cpu/scratch.h"
+
+namespace ellm {
+
+namespace {
+// Columns a thread takes at a time: enough to be worth handing out, few enough to balance.
+constexpr int64_t kColumns = 64;
+constexpr int64_t kSerialWork = 32 * 1024;
+}  // namespace
+
+void linear(const Kernels& kernels, const void* x, ElementType x_type, const void* w,
+            ElementType w_type, void* out, ElementType out_type, int64_t rows, int64_t n, int64_t k,
+            const ParallelFor& parallel) {
+  if (rows == 0 || n == 0) return;
+  LinearArgs args;
+  args.w = w;
+  args.w_type = w_type;
+  args.out = out;
+  args.out_type = out_type;
+  args.rows = rows;
+  args.n = n;
+  args.k = k;
+  if (x_type == ElementType::kFloat32 && k % kernels.lanes == 0) {
+    args.x = static_cast<const float*>(x);
+    args.x_stride = k;
+  } else {
+    args.x_stride = (k + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
+    float* wide = Scratch::floats(rows * args.x_stride);
+    kernels.to_float(x, x_type, rows, k, args.x_stride, wide);
+    args.x = wide;
+  }
+  if (rows * n * k <= kSerialWork) {
+    kernels.linear(args, 0, n);
+    return;
+  }
+  parallel((n + kColumns - 1) / kColumns, [&](int64_t unit) {
+    kernels.linear(args, unit * kColumns, std::min(n, (unit + 1) * kColumns));
+  });
+}
+
+}  // namespace ellm

@@ -1,0 +1,129 @@
+// The slots of a model: one virtual tensor per request over the shared pool.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "kv/layout.h"
+#include "memory/chunk_pool.h"
+#include "memory/status.h"
+#include "memory/virtual_tensor.h"
+
+namespace ellm {
+
+enum class SlotState : uint8_t {
+  kFree,       // Nothing mapped, nobody's.
+  kActive,     // A request's.
+  kAvailable,  // Nobody's, still mapped for the next request.
+  kBroken,     // An unmap failed; see KvCache::release and KvCache::reclaim.
+};
+const char* slot_state_name(SlotState state);
+
+struct KvStats {
+  size_t active_bytes, available_bytes, broken_bytes;  // Mapped, by state of the slot.
+  int64_t active_slots, available_slots, free_slots, broken_slots;
+  uint64_t map_calls, map_us, unmap_calls, unmap_us;
+};
+
+// The calls that change something belong to one host thread at a time; a second thread that enters
+// meanwhile is refused with kInvalid. The const calls are lock-free, from any thread, at any time.
+// Memory that a kernel in flight may touch must not be unmapped: no truncate, release or close of
+// it.
+class KvCache {
+ public:
+  // Reserves the addresses of every slot; maps nothing. Errors: kInvalid (layout, or a pool with
+  // other chunks), kDriver (no addresses).
+  static Result<std::shared_ptr<KvCache>> Create(std::shared_ptr<ChunkPool> pool,
+                                                 const KvLayout& layout);
+  // As close(). What cannot be unmapped even now is leaked: addresses and chunks.
+  ~KvCache();
+  KvCache(const KvCache&) = delete;
+  KvCache& operator=(const KvCache&) = delete;
+
+  // A slot for a request of about `tokens` tokens: the smallest available slot in which that much
+  // is mapped, else one with nothing mapped, else the largest available one. It keeps what is
+  // mapped in it, and nothing is mapped here. Errors: kOutOfMemory (no slot left), kInvalid.
+  Result<int32_t> take_slot(int64_t tokens);
+
+  // Maps until active slot slots[i] holds tokens[i] tokens, for all i or for none; never unmaps.
+  // A slot may stand in the list once. Where the pool is short, available slots are unmapped, the
+  // largest first, and stay so even if the call fails in the end. Errors: kOutOfMemory, kDriver,
+  // kInvalid: active slots are as before. kBroken: the same, but for the slots now in that state.
+  Status extend(size_t n, const int32_t* slots, const int64_t* tokens);
+
+  // Unmaps what an active slot does not need for `tokens` tokens. Errors: kInvalid, kBroken.
+  Status truncate(int32_t slot, int64_t tokens);
+
+  // The request is over. The slot becomes available with what is mapped in it, up to the first
+  // chunk that somebody else holds too; from there on it is unmapped. A broken slot is repaired and
+  // free. Errors: kInvalid, kBroken (the slot no longer belongs to the request even so).
+  Status release(int32_t slot);
+
+  // Unmaps chunks of available slots, the largest slot first, until `bytes` are back in the pool or
+  // none is left; retries broken slots that nobody holds. Returns the bytes given back, which may
+  // be fewer. Errors: kBroken, kInvalid; it does not stop at the first error.
+  Result<size_t> reclaim(size_t bytes);
+  Result<size_t> trim_available();
+
+  // Unmaps everything, active slots too, and gives the addresses back. May be repeated: after an
+  // error (kBroken, kDriver) it tries what is left, after success it does nothing.
+  Status close();
+
+  // Tokens that fit what is mapped: 0 for a slot that is broken or does not exist.
+  int64_t mapped_tokens(int32_t slot) const;
+  size_t mapped_bytes(int32_t slot) const;
+  // kFree for a slot that does not exist.
+  SlotState slot_state(int32_t slot) const;
+  KvStats stats() const;
+
+  const KvLayout& layout() const { return layout_; }
+  const std::shared_ptr<ChunkPool>& pool() const { return pool_; }
+  std::byte* slot_base(int32_t slot) const { return base_ + slot * layout_.slot_bytes; }
+  // The chunks of a slot in order of their tokens; for the host thread only. Whoever retains one to
+  // share it does so while the slot is active: release() counts on it.
+  const std::vector<ChunkId>& slot_chunks(int32_t slot) const;
+
+ private:
+  struct Slot {
+    explicit Slot(VirtualTensor t) : tensor(std::move(t)) {}
+    Slot(Slot&& other) noexcept : tensor(std::move(other.tensor)) {}
+
+    VirtualTensor tensor;
+    bool held = false;  // A request has it. Not the same as kActive: it may have broken meanwhile.
+    std::atomic<SlotState> state{SlotState::kFree};
+    std::atomic<int64_t> mapped_chunks{0};  // Sound ones: 0 while broken.
+    std::atomic<int64_t> broken_chunks{0};
+  };
+  class Entry;
+
+  KvCache(std::shared_ptr<ChunkPool> pool, const KvLayout& layout, std::byte* base);
+
+  bool exists(int64_t slot) const { return slot >= 0 && slot < layout_.num_slots; }
+  Status check_held(int64_t slot, const char* verb) const;
+  Status check_tokens(int64_t tokens) const;
+  // Makes what readers see follow the tensor and `held`.
+  void publish(Slot* slot);
+  void give_to(Slot* slot, Owner owner);
+  Status acquire(size_t n, std::vector<ChunkId>* ids);
+  // Maps ids[...] for extend(), or leaves every slot as before.
+  Status map_all(size_t n, const int32_t* slots, const int64_t* tokens,
+                 const std::vector<ChunkId>& ids);
+  Status reclaim_chunks(size_t n, size_t* given);
+
+  const std::shared_ptr<ChunkPool> pool_;
+  const KvLayout layout_;
+  std::byte* const base_;
+  MapStats map_stats_;
+  std::vector<Slot> slots_;
+  std::vector<uint64_t> last_seen_;  // Per slot: the last extend() that named it.
+  uint64_t extend_calls_ = 0;
+  bool closed_ = false;
+  bool addresses_released_ = false;
+  std::atomic<bool> busy_{false};
+};
+
+}  // namespace ellm

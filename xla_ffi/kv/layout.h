@@ -1,0 +1,51 @@
+// Where the K and V of a token lie. The one place that knows the formula.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "memory/status.h"
+
+namespace ellm {
+
+// One address range is cut into `num_slots` slots; a slot is a row of chunks; a chunk holds one
+// tile: `tile_tokens` tokens with all layers. Inside a chunk the order is layer, K or V, head,
+// token, dim.
+struct KvLayout {
+  int64_t layers = 0;
+  int64_t kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t element_bytes = 0;
+  int64_t tile_tokens = 0;  // A multiple of 8.
+  int64_t chunk_bytes = 0;  // At least tile_tokens * token_bytes().
+  int64_t slot_bytes = 0;   // Whole chunks, enough for max_tokens.
+  int64_t num_slots = 0;
+  int64_t max_tokens = 0;  // Per slot.
+
+  // Picks chunk and tile: the power-of-two chunk from 64 KiB (or the driver's granularity) to 2 MiB
+  // that wastes least with a tile of 16 to 64 tokens, the smaller of equals. Where a token is so
+  // large that 2 MiB holds fewer than 16, larger chunks, up to 64 MiB.
+  // Errors: kInvalid for sizes below 1, element_bytes not 1, 2 or 4, tokens too large for a chunk,
+  // or more addresses than a process has (2^47).
+  static Result<KvLayout> Choose(int64_t layers, int64_t kv_heads, int64_t head_dim,
+                                 int64_t element_bytes, int64_t max_tokens, int64_t num_slots,
+                                 int64_t granularity_bytes = 4096);
+
+  // Errors: kInvalid where fields contradict each other or the limits above.
+  Status validate() const;
+
+  // K and V of one token in all layers.
+  int64_t token_bytes() const { return layers * 2 * kv_heads * head_dim * element_bytes; }
+  int64_t chunks_for(int64_t tokens) const { return (tokens + tile_tokens - 1) / tile_tokens; }
+  int64_t slot_chunks() const { return slot_bytes / chunk_bytes; }
+  int64_t reserved_bytes() const { return slot_bytes * num_slots; }
+
+  // From the slot's base to element 0 of (layer, K = 0 or V = 1, head, token); from there head_dim
+  // elements follow each other, and so do the tokens of a tile. token is in [0, max_tokens).
+  int64_t offset_bytes(int64_t layer, int64_t kv, int64_t head, int64_t token) const {
+    const int64_t row = ((layer * 2 + kv) * kv_heads + head) * tile_tokens + token % tile_tokens;
+    return (token / tile_tokens) * chunk_bytes + row * head_dim * element_bytes;
+  }
+};
+
+}  // namespace ellm

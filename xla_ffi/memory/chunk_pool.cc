@@ -1,0 +1,392 @@
+#include "memory/chunk_pool.h"
+
+#include <algorithm>
+#include <chrono>
+#include <numeric>
+#include <utility>
+
+#include "memory/text.h"
+
+namespace ellm {
+namespace {
+
+constexpr const char* kOwnerNames[kOwnerCount] = {"kv",      "cache",     "activation",
+                                                  "weights", "workspace", "available"};
+
+size_t at(Owner owner) { return static_cast<size_t>(owner); }
+
+bool owns_chunks(Owner owner) {
+  return owner == Owner::kKv || owner == Owner::kCache || owner == Owner::kWorkspace ||
+         owner == Owner::kAvailable;
+}
+
+Status unknown_chunk(ChunkId id) {
+  return Status(Code::kInvalid, "chunk " + std::to_string(id & UINT32_MAX) + " of generation " +
+                                    std::to_string(id >> 32) +
+                                    " has no owner: it was released before, or never existed");
+}
+
+uint64_t ns_since(std::chrono::steady_clock::time_point start) {
+  return static_cast<uint64_t>(
+      std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start)
+          .count());
+}
+
+}  // namespace
+
+const char* owner_name(Owner owner) { return kOwnerNames[at(owner)]; }
+
+Result<Owner> owner_from_name(std::string_view name) {
+  for (size_t i = 0; i < kOwnerCount; ++i) {
+    if (name == kOwnerNames[i]) return static_cast<Owner>(i);
+  }
+  return Status(Code::kInvalid, "there is no owner \"" + std::string(name) +
+                                    "\"; use kv, cache, activation, weights or workspace");
+}
+
+Result<std::shared_ptr<ChunkPool>> ChunkPool::Create(std::shared_ptr<Driver> driver,
+                                                     size_t chunk_bytes, size_t limit_bytes) {
+  const size_t granularity = driver->granularity_bytes();
+  if (chunk_bytes == 0 || chunk_bytes % granularity != 0 ||
+      (chunk_bytes & (chunk_bytes - 1)) != 0) {
+    return Status(Code::kInvalid, "chunk_bytes is " + std::to_string(chunk_bytes) +
+                                      "; it must be a power of two and a multiple of " +
+                                      std::to_string(granularity));
+  }
+  return std::shared_ptr<ChunkPool>(new ChunkPool(std::move(driver), chunk_bytes, limit_bytes));
+}
+
+ChunkPool::ChunkPool(std::shared_ptr<Driver> driver, size_t chunk_bytes, size_t limit_bytes)
+    : driver_(std::move(driver)), chunk_bytes_(chunk_bytes), limit_(limit_bytes) {}
+
+ChunkPool::~ChunkPool() { (void)trim(0); }
+
+const ChunkPool::Chunk* ChunkPool::find(ChunkId id) const {
+  const size_t index = id & UINT32_MAX;
+  if (index >= chunks_.size()) return nullptr;
+  const Chunk& chunk = chunks_[index];
+  return chunk.references > 0 && chunk.generation == id >> 32 ? &chunk : nullptr;
+}
+
+ChunkPool::Chunk* ChunkPool::find(ChunkId id) {
+  return const_cast<Chunk*>(std::as_const(*this).find(id));
+}
+
+ChunkId ChunkPool::own(uint32_t index, Owner owner) {
+  Chunk& chunk = chunks_[index];
+  chunk.references = 1;
+  chunk.owner = owner;
+  ++chunk.generation;
+  return ChunkId{chunk.generation} << 32 | index;
+}
+
+uint32_t ChunkPool::add_chunk(Handle handle) {
+  uint32_t index;
+  if (vacant_.empty()) {
+    index = static_cast<uint32_t>(chunks_.size());
+    chunks_.emplace_back();
+  } else {
+    index = vacant_.back();
+    vacant_.pop_back();
+  }
+  chunks_[index].handle = handle;
+  return index;
+}
+
+std::vector<Handle> ChunkPool::take_backed_for_destruction(size_t n) {
+  std::vector<Handle> handles;
+  handles.reserve(n);
+  while (handles.size() < n) {
+    const auto highest = std::prev(backed_.end());
+    handles.push_back(highest->first);
+    chunks_[highest->second].handle = 0;
+    vacant_.push_back(highest->second);
+    backed_.erase(highest);
+  }
+  destroying_bytes_ += n * chunk_bytes_;
+  return handles;
+}
+
+size_t ChunkPool::claimed() const {
+  return std::accumulate(owned_.begin(), owned_.end(), size_t{0});
+}
+
+size_t ChunkPool::physical() const {
+  return claimed() + backed_.size() * chunk_bytes_ + destroying_bytes_;
+}
+
+void ChunkPool::add(Owner owner, size_t bytes) {
+  size_t& owned = owned_[at(owner)];
+  owned += bytes;
+  peak_[at(owner)] = std::max(peak_[at(owner)], owned);
+  peak_used_ = std::max(peak_used_, claimed() - owned_[at(Owner::kAvailable)]);
+}
+
+void ChunkPool::subtract(Owner owner, size_t bytes) { owned_[at(owner)] -= bytes; }
+
+void ChunkPool::note_physical() { peak_physical_ = std::max(peak_physical_, physical()); }
+
+Status ChunkPool::out_of_memory(const std::string& asked) const {
+  std::string owners;
+  for (size_t i = 0; i < kOwnerCount; ++i) {
+    if (owned_[i] == 0) continue;
+    owners +=
+        std::string(owners.empty() ? "" : ", ") + kOwnerNames[i] + " " + human_bytes(owned_[i]);
+  }
+  std::string message = asked + ", but of the limit of " + human_bytes(limit_) + " only " +
+                        human_bytes(limit_ - claimed()) + " can be had now (" +
+                        (owners.empty() ? "nothing is in use" : owners) + "); ";
+  message += owned_[at(Owner::kAvailable)] > 0
+                 ? "unmap available slots, finish requests, or raise the limit"
+                 : "finish requests or raise the limit";
+  return Status(Code::kOutOfMemory, std::move(message));
+}
+
+Status ChunkPool::create_handles(size_t n, std::vector<Handle>* out) {
+  Status failure = Status::Ok();
+  const auto start = std::chrono::steady_clock::now();
+  uint64_t calls = 0;
+  while (failure.ok() && calls < n) {
+    Handle handle = 0;
+    failure = driver_->create(chunk_bytes_, &handle);
+    if (failure.ok()) out->push_back(handle);
+    ++calls;
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  create_calls_ += calls;
+  create_ns_ += ns_since(start);
+  return failure;
+}
+
+Status ChunkPool::destroy_handles(const std::vector<Handle>& handles, size_t* destroyed) {
+  Status failure = Status::Ok();
+  std::vector<Handle> kept;
+  const auto start = std::chrono::steady_clock::now();
+  for (const Handle handle : handles) {
+    Status s = driver_->destroy(handle, chunk_bytes_);
+    if (s.ok()) continue;
+    kept.push_back(handle);
+    if (failure.ok()) failure = Status(Code::kDriver, s.message());
+  }
+  *destroyed = (handles.size() - kept.size()) * chunk_bytes_;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    destroy_calls_ += handles.size();
+    destroy_ns_ += ns_since(start);
+    destroying_bytes_ -= handles.size() * chunk_bytes_;
+    for (const Handle handle : kept) backed_.emplace(handle, add_chunk(handle));
+  }
+  destroyed_.notify_all();
+  return failure;
+}
+
+Status ChunkPool::acquire(Owner owner, size_t n, std::vector<ChunkId>* out) {
+  if (!owns_chunks(owner) || owner == Owner::kAvailable) {
+    return Status(Code::kInvalid, std::string("chunks cannot be acquired for ") +
+                                      owner_name(owner) + "; use kv, cache or workspace");
+  }
+  std::vector<uint32_t> taken;
+  size_t missing;
+  {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      if (n > (limit_ - claimed()) / chunk_bytes_) {
+        return out_of_memory(std::to_string(n) + " chunks of " + human_bytes(chunk_bytes_) +
+                             " were asked for " + owner_name(owner));
+      }
+      missing = n - std::min(n, backed_.size());
+      if (missing * chunk_bytes_ <= limit_ - physical()) break;
+      destroyed_.wait(lock);  // Somebody's trim holds the physical bytes that the ledger has free.
+    }
+    taken.reserve(n);
+    while (taken.size() < n - missing) {
+      taken.push_back(backed_.begin()->second);
+      backed_.erase(backed_.begin());
+    }
+    add(owner, n * chunk_bytes_);
+    note_physical();
+  }
+
+  std::vector<Handle> created;
+  if (missing > 0) {
+    if (Status failure = create_handles(missing, &created); !failure.ok()) {
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+        subtract(owner, n * chunk_bytes_);
+        for (const uint32_t index : taken) backed_.emplace(chunks_[index].handle, index);
+        destroying_bytes_ += created.size() * chunk_bytes_;
+      }
+      size_t destroyed;
+      (void)destroy_handles(created, &destroyed);  // The failure to create is the one to report.
+      return failure;
+    }
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (const Handle handle : created) taken.push_back(add_chunk(handle));
+  for (const uint32_t index : taken) out->push_back(own(index, owner));
+  return Status::Ok();
+}
+
+Status ChunkPool::retain(ChunkId id) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Chunk* chunk = find(id);
+  if (chunk == nullptr) return unknown_chunk(id);
+  ++chunk->references;
+  return Status::Ok();
+}
+
+Status ChunkPool::release(ChunkId id) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Chunk* chunk = find(id);
+  if (chunk == nullptr) return unknown_chunk(id);
+  if (--chunk->references == 0) {
+    subtract(chunk->owner, chunk_bytes_);
+    backed_.emplace(chunk->handle, static_cast<uint32_t>(id & UINT32_MAX));
+  }
+  return Status::Ok();
+}
+
+Status ChunkPool::reassign(ChunkId id, Owner owner) {
+  if (!owns_chunks(owner)) {
+    return Status(Code::kInvalid, std::string("chunks cannot belong to ") + owner_name(owner) +
+                                      "; use kv, cache, workspace or available");
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  Chunk* chunk = find(id);
+  if (chunk == nullptr) return unknown_chunk(id);
+  subtract(chunk->owner, chunk_bytes_);
+  add(owner, chunk_bytes_);
+  chunk->owner = owner;
+  return Status::Ok();
+}
+
+Result<Handle> ChunkPool::handle(ChunkId id) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const Chunk* chunk = find(id);
+  if (chunk == nullptr) return unknown_chunk(id);
+  return chunk->handle;
+}
+
+Result<uint32_t> ChunkPool::references(ChunkId id) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const Chunk* chunk = find(id);
+  if (chunk == nullptr) return unknown_chunk(id);
+  return chunk->references;
+}
+
+Status ChunkPool::reserve_bytes(Owner owner, size_t bytes) {
+  if (owner == Owner::kAvailable) {
+    return Status(Code::kInvalid, "bytes cannot be reserved for available; use another owner");
+  }
+  for (;;) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (bytes > limit_ - claimed()) {
+      return out_of_memory(human_bytes(bytes) + " were asked for " + owner_name(owner));
+    }
+    const size_t room = limit_ - physical();
+    if (bytes <= room) {
+      add(owner, bytes);
+      plain_[at(owner)] += bytes;
+      note_physical();
+      return Status::Ok();
+    }
+    if (backed_.empty()) {
+      destroyed_.wait(lock);
+      continue;
+    }
+    const size_t needed = (bytes - room + chunk_bytes_ - 1) / chunk_bytes_;
+    const std::vector<Handle> handles =
+        take_backed_for_destruction(std::min(needed, backed_.size()));
+    lock.unlock();
+    size_t destroyed;
+    if (Status s = destroy_handles(handles, &destroyed); !s.ok()) return s;
+  }
+}
+
+Status ChunkPool::return_bytes(Owner owner, size_t bytes) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (bytes > plain_[at(owner)]) {
+    return Status(Code::kInvalid, human_bytes(bytes) + " cannot be returned by " +
+                                      owner_name(owner) + ": it has reserved " +
+                                      human_bytes(plain_[at(owner)]));
+  }
+  plain_[at(owner)] -= bytes;
+  subtract(owner, bytes);
+  return Status::Ok();
+}
+
+Result<size_t> ChunkPool::trim(size_t keep_backed_bytes) {
+  std::vector<Handle> handles;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const size_t keep = std::min(backed_.size(), keep_backed_bytes / chunk_bytes_);
+    handles = take_backed_for_destruction(backed_.size() - keep);
+  }
+  size_t destroyed;
+  if (Status s = destroy_handles(handles, &destroyed); !s.ok()) return s;
+  return destroyed;
+}
+
+Status ChunkPool::set_limit(size_t limit_bytes) {
+  for (;;) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (limit_bytes < claimed()) {
+      return out_of_memory("a limit of " + human_bytes(limit_bytes) + " was asked for");
+    }
+    const size_t taken = physical();
+    if (taken <= limit_bytes) {
+      limit_ = limit_bytes;
+      return Status::Ok();
+    }
+    if (backed_.empty()) {
+      destroyed_.wait(lock);
+      continue;
+    }
+    const size_t needed = (taken - limit_bytes + chunk_bytes_ - 1) / chunk_bytes_;
+    const std::vector<Handle> handles =
+        take_backed_for_destruction(std::min(needed, backed_.size()));
+    lock.unlock();
+    size_t destroyed;
+    if (Status s = destroy_handles(handles, &destroyed); !s.ok()) return s;
+  }
+}
+
+Usage ChunkPool::usage() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto owned = [this](Owner owner) { return owned_[at(owner)]; };
+  const auto peak = [this](Owner owner) { return peak_[at(owner)]; };
+  Usage u{};
+  u.limit = limit_;
+  u.kv = owned(Owner::kKv);
+  u.cache = owned(Owner::kCache);
+  u.activation = owned(Owner::kActivation);
+  u.weights = owned(Owner::kWeights);
+  u.workspace = owned(Owner::kWorkspace);
+  u.available = owned(Owner::kAvailable);
+  u.obtainable = limit_ - claimed();
+  u.free = u.obtainable + u.available;
+  u.backed_free = backed_.size() * chunk_bytes_;
+  u.physical = physical();
+  u.peak_kv = peak(Owner::kKv);
+  u.peak_cache = peak(Owner::kCache);
+  u.peak_activation = peak(Owner::kActivation);
+  u.peak_weights = peak(Owner::kWeights);
+  u.peak_workspace = peak(Owner::kWorkspace);
+  u.peak_available = peak(Owner::kAvailable);
+  u.peak_used = peak_used_;
+  u.peak_physical = peak_physical_;
+  u.create_calls = create_calls_;
+  u.create_us = create_ns_ / 1000;
+  u.destroy_calls = destroy_calls_;
+  u.destroy_us = destroy_ns_ / 1000;
+  return u;
+}
+
+void ChunkPool::reset_peaks() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  peak_ = owned_;
+  peak_used_ = claimed() - owned_[at(Owner::kAvailable)];
+  peak_physical_ = physical();
+}
+
+}  // namespace ellm
