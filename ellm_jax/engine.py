@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any, cast
 
 from tqdm import tqdm
@@ -198,6 +199,32 @@ class Engine:
         finally:
             self._abort_group(group)
 
+    def submit(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> Future[RequestOutput]:
+        """Queues one prompt and returns at once. The future holds its output when it is over, or
+        `EngineClosed` if the engine fails; to give it up, `abort` it by its id. Callbacks of the
+        future run on the engine's thread, so they must be quick.
+
+        Raises:
+            As `generate`; at the call.
+        """
+        group = self._group(prompt, params, request_id)
+        future: Future[RequestOutput] = Future()
+        # Nobody but the engine ends it: a future that could be cancelled might be set twice.
+        future.set_running_or_notify_cancel()
+
+        def listen(group: Group) -> None:
+            if not group.finished:
+                return
+            if self._failure is None:
+                future.set_result(group.output())
+            else:
+                future.set_exception(EngineClosed(f"the engine has failed: {self._failure}"))
+
+        self._submit(group, listen)
+        return future
+
     def abort(self, request_id: str) -> bool:
         """Ends a request by its id; its memory is given back at once. False if there is none."""
         group = self._by_id.get(request_id)
@@ -213,6 +240,12 @@ class Engine:
     def stats(self) -> LoopStats:
         """Where the host loop's time went since the start or the last `reset_stats`."""
         return self._loop.stats
+
+    def warm_up(self) -> None:
+        """Compiles every step shape that a batch can come in, as `EngineConfig.warm_up` does for
+        the most common ones. What else requests ask for (log probabilities, penalties) is
+        compiled when the first one comes."""
+        self._call(self._loop.compiler.warm_up_all)
 
     def reset_stats(self) -> None:
         """Starts the statistics and the peaks of the memory anew."""

@@ -43,12 +43,11 @@ def weights_of(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def logits_of(model: Decoder) -> Any:
-    @nnx.jit
     def run(model: Decoder, tokens: jax.Array) -> jax.Array:
         hidden, _ = model(tokens, jnp.arange(tokens.size), XlaOps(), None)
         return model.logits(hidden, XlaOps())
 
-    return np.asarray(run(model, jnp.arange(3, 40)))
+    return np.asarray(nnx.jit(run)(model, jnp.arange(3, 40)))
 
 
 def assert_holds_the_checkpoint(model: Decoder, path: Path, dtype: str) -> None:

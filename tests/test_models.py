@@ -27,17 +27,19 @@ LOGPROB_TOLERANCE = 1e-4
 PARITY_TOKENS = 48
 
 
-@nnx.jit
-def padded_logprobs(model: Decoder, tokens: jax.Array) -> jax.Array:
+def every_logprob(model: Decoder, tokens: jax.Array) -> jax.Array:
     hidden, _ = model(tokens, jnp.arange(tokens.shape[0]), XlaOps(), None)
     return jax.nn.log_softmax(model.logits(hidden, XlaOps()))
+
+
+jitted_logprobs = nnx.jit(every_logprob)
 
 
 def logprobs_of(model: Decoder, ids: list[int]) -> NDArray[np.float32]:
     """`f32[T, V]`: log-probabilities after each token. Padded, so that a model compiles once."""
     padded = np.zeros(max(hf.PROMPT_TOKENS) + hf.NEW_TOKENS, np.int32)
     padded[: len(ids)] = ids
-    return np.asarray(padded_logprobs(model, jnp.asarray(padded)))[: len(ids)]
+    return np.asarray(jitted_logprobs(model, jnp.asarray(padded)))[: len(ids)]
 
 
 def raw_config(family: str, **changes: Any) -> dict[str, Any]:

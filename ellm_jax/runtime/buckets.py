@@ -45,3 +45,8 @@ class Buckets:
         shapes = [StepShape(1, 1), StepShape(self.max_rows, 1), StepShape(self._rows[0], 1)]
         shapes += [StepShape(most, most), StepShape(self.max_rows, most)]
         return list(dict.fromkeys(shapes))
+
+    def every(self) -> list[StepShape]:
+        """Every shape that `fit` gives."""
+        sizes = (1, *self._rows)
+        return list(dict.fromkeys(self.fit(rows, seqs) for seqs in self._seqs for rows in sizes))

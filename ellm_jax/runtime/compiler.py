@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 
 import jax
@@ -49,7 +50,17 @@ class StepCompiler:
 
     def warm_up(self) -> None:
         """Compiles steps that cover every batch in the plain mode, showing progress."""
-        keys = [self._key(shape, _PLAIN) for shape in self._buckets.common()]
+        self._compile(self._buckets.common())
+
+    def warm_up_all(self) -> None:
+        """Compiles every step of the plain mode, so that none is compiled while requests run."""
+        for job in list(self._pending.values()):
+            job.result()
+        self._collect()
+        self._compile(self._buckets.every())
+
+    def _compile(self, shapes: Sequence[StepShape]) -> None:
+        keys = [key for shape in shapes if (key := self._key(shape, _PLAIN)) not in self._needs]
         workers = min(4, os.cpu_count() or 1)
         with ThreadPoolExecutor(workers) as pool, self._bar(len(keys), "Compiling steps") as bar:
             jobs = {pool.submit(self._runner.compile, key): key for key in keys}

@@ -70,6 +70,7 @@ def save_model(params: Params, directory: Path) -> None:
     # Renamed into place, so that a reader never sees half a file.
     part = directory / "model.safetensors.part"
     save_file(tensors, part, metadata={"format": "pt"})
+    part.chmod(0o644)
     part.replace(directory / "model.safetensors")
 
 

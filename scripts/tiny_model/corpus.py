@@ -15,6 +15,7 @@ BOS, EOS = "<s>", "<|endoftext|>"
 USER, ASSISTANT = "<|user|>", "<|assistant|>"
 STORIES_DIR = Path(__file__).parent / "stories"
 _ANYONE = ("kid", "animal", "person", "creature")
+_RELATIVES = {"family": slice(None), "parent": slice(2), "grandparent": slice(2, 4)}
 _MARKS = "?>&="
 _SENTENCE = re.compile(r"(?<=[.!?]) (?=[A-Z])|\n\n")
 
@@ -58,8 +59,9 @@ def load_plots() -> tuple[Plot, ...]:
     for path in sorted(STORIES_DIR.glob("plots_*.txt")):
         for title, body in _sections(path):
             name, *pairs = (part.strip() for part in title.split("|"))
-            head = {key.strip(): value.strip() for key, _, value in (p.partition(":") for p in pairs)}
-            friend = head.get("friend", "none").replace("kid2", "kid")
+            fields = (pair.partition(":") for pair in pairs)
+            head = {key.strip(): value.strip() for key, _, value in fields}
+            friend = head.get("friend", "none")
             beats = tuple(tuple(block.strip().split("\n")) for block in body.strip().split("\n\n"))
             plots.append(
                 Plot(
@@ -160,13 +162,11 @@ class Corpus:
             taken = {who.kind for who in (scene.hero, scene.friend) if who}
             free = [e for e in words.ELDERS if not any(e[1].endswith(kind) for kind in taken)]
             scene.helper = rng.choice(free)
-        elif plot.helper.startswith("family"):
-            family = {"family": words.FAMILY, "family1": words.FAMILY[:2], "family2": words.FAMILY[2:4]}
-            kind, gender = rng.choice(family[plot.helper])
+        elif plot.helper in _RELATIVES:
+            kind, gender = rng.choice(words.FAMILY[_RELATIVES[plot.helper]])
             scene.helper = (f"{{his}} {kind}", f"{{his}} {kind}", gender)
         if scene.hero is not None:
-            group = "kid" if scene.hero.group == "kid" else scene.hero.group
-            scene.slots["home"] = ("", scene.fill(rng.choice(words.HOMES[group])))
+            scene.slots["home"] = ("", rng.choice(words.HOMES[scene.hero.group]))
         return scene
 
     def _opening(self, scene: Scene, plot: Plot, asked: bool) -> str:
@@ -243,7 +243,8 @@ class Corpus:
         else:
             question = choose(rng, rng.choice(self.chat["unknown"]))
             turns.append((question, choose(rng, rng.choice(self.chat["unknown_answer"]))))
-        return "".join(f"{USER}\n{ask}\n{ASSISTANT}\n{answer}{EOS}\n" for ask, answer in turns).rstrip("\n")
+        lines = (f"{USER}\n{ask}\n{ASSISTANT}\n{answer}{EOS}" for ask, answer in turns)
+        return "\n".join(lines)
 
     def _small_talk(self, first: str = "") -> tuple[str, str]:
         lines = [line for line in self.chat["greeting"] if first in line.split(" => ")[0]]
@@ -260,5 +261,3 @@ class Corpus:
         lead = rng.choice(self.chat["lead"]) if rng.random() < 0.25 else "-"
         lead = "" if lead == "-" else lead.strip().replace("{topic}", topic) + " "
         return ask[0].upper() + ask[1:] if rng.random() < 0.9 else ask.lower(), lead + story.text
-
-

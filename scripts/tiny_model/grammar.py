@@ -27,6 +27,15 @@ _IRREGULAR_PLURALS = {
 }  # fmt: skip
 
 
+_GROUP_WEIGHTS = {"kid": 5, "animal": 5, "person": 2, "creature": 2}
+_KINDS = {
+    "animal": words.ANIMALS,
+    "creature": words.CREATURES,
+    "pet": words.PETS,
+    "giant": ("giant",),
+}
+
+
 def article(phrase: str) -> str:
     """The phrase with "a" or "an" before it."""
     an = phrase[0].lower() in "aeiou" and not phrase.lower().startswith(("uni", "one"))
@@ -72,7 +81,9 @@ class Character:
         if self.name and self.group == "kid":
             return self.name
         if self.name:
-            return f"{self.name} the {rng.choice((self.adjective, ''))} {self.kind}".replace("  ", " ")
+            return f"{self.name} the {rng.choice((self.adjective, ''))} {self.kind}".replace(
+                "  ", " "
+            )
         return f"the {self.adjective} {self.kind}".replace("  ", " ")
 
     def again(self, rng: random.Random) -> str:
@@ -92,41 +103,59 @@ def invented_name(rng: random.Random) -> str:
 
 
 def make_character(
-    rng: random.Random, groups: Sequence[str], *, kinds: Sequence[str] = (), unlike: Character | None = None
+    rng: random.Random,
+    groups: Sequence[str],
+    *,
+    kinds: Sequence[str] = (),
+    unlike: Character | None = None,
 ) -> Character:
     """A random character of one of the groups; `unlike` gets another kind and another pronoun."""
-    weights = {"kid": 5, "animal": 5, "person": 2, "creature": 2}
-    group = rng.choices(groups, [weights.get(name, 1) for name in groups])[0]
+    group = rng.choices(groups, [_GROUP_WEIGHTS.get(name, 1) for name in groups])[0]
     gender = rng.choice(("he", "she"))
     if unlike is not None:
         gender = "she" if unlike.gender == "he" else "he"
     if group == "kid":
-        names = words.GIRLS if gender == "she" else words.BOYS
-        if rng.random() < 0.12:
-            names = tuple(invented_name(rng) for _ in range(3))
-        name = rng.choice([each for each in names if unlike is None or each != unlike.name])
-        adjective = rng.choice(("little", "little", "", *words.CHILD_ADJECTIVES))
-        return Character("girl" if gender == "she" else "boy", name, adjective, gender, "kid")
+        return _child(rng, gender, unlike)
     if group == "person":
-        people = [p for p in words.PEOPLE if unlike is None or p[1] == gender]
-        if kinds:
-            people = [p for p in words.PEOPLE if p[0] in kinds]
-        kind, gender = rng.choice(people)
-        adjective = "" if kind.startswith("old") else rng.choice(words.PERSON_ADJECTIVES)
-        name = ""
-        if rng.random() < 0.4:
-            name = rng.choice(words.GIRLS if gender == "she" else words.BOYS)
-        return Character(kind, name, adjective, gender, group)
-    pools = {"animal": words.ANIMALS, "creature": words.CREATURES, "pet": words.PETS, "giant": ("giant",)}
-    pool = tuple(kinds) or pools[group]
+        return _grown_up(rng, kinds, gender if unlike else "")
+    return _animal_or_creature(rng, group, gender, kinds, unlike)
+
+
+def _child(rng: random.Random, gender: str, unlike: Character | None) -> Character:
+    names = words.GIRLS if gender == "she" else words.BOYS
+    if rng.random() < 0.12:
+        names = tuple(invented_name(rng) for _ in range(3))
+    name = rng.choice([each for each in names if unlike is None or each != unlike.name])
+    adjective = rng.choice(("little", "little", "", *words.CHILD_ADJECTIVES))
+    return Character("girl" if gender == "she" else "boy", name, adjective, gender, "kid")
+
+
+def _grown_up(rng: random.Random, kinds: Sequence[str], gender: str) -> Character:
+    people = [who for who in words.PEOPLE if gender in ("", who[1])]
+    kind, gender = rng.choice([who for who in people if not kinds or who[0] in kinds])
+    adjective = "" if kind.startswith("old") else rng.choice(words.PERSON_ADJECTIVES)
+    name = ""
+    if rng.random() < 0.4:
+        name = rng.choice(words.GIRLS if gender == "she" else words.BOYS)
+    return Character(kind, name, adjective, gender, "person")
+
+
+def _animal_or_creature(
+    rng: random.Random, group: str, gender: str, kinds: Sequence[str], unlike: Character | None
+) -> Character:
+    pool = tuple(kinds) or _KINDS[group]
     kind = rng.choice([each for each in pool if unlike is None or each != unlike.kind])
+    names = words.PET_NAMES if rng.random() > 0.1 else (invented_name(rng),)
+    free = [each for each in names if unlike is None or each != unlike.name]
+    named = group == "pet" or rng.random() < 0.6
     adjectives = words.CREATURE_ADJECTIVES if group == "creature" else words.ANIMAL_ADJECTIVES
-    named = rng.random() < (1.0 if group == "pet" else 0.6)
-    pool = words.PET_NAMES if rng.random() > 0.1 else (invented_name(rng),)
-    free = [each for each in pool if unlike is None or each != unlike.name]
-    name = rng.choice(free) if named and free else ""
-    adjective = rng.choice(("little", *adjectives)) if group != "giant" else "big"
-    return Character(kind, name, adjective, gender, "animal" if group == "pet" else group)
+    return Character(
+        kind=kind,
+        name=rng.choice(free) if named and free else "",
+        adjective="big" if group == "giant" else rng.choice(("little", *adjectives)),
+        gender=gender,
+        group="animal" if group == "pet" else group,
+    )
 
 
 @dataclass

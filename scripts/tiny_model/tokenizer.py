@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from corpus import ASSISTANT, BOS, EOS, USER
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 SPECIAL_TOKENS = (BOS, EOS, USER, ASSISTANT)
+_SPECIAL = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
 # System messages have no place in what the model was taught, so the template leaves them out.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -34,7 +36,9 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(documents, trainer)
+    # The special tokens are not text: no merges are to be learned from their letters.
+    plain = (_SPECIAL.sub("", document) for document in documents)
+    tokenizer.train_from_iterator(plain, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A",
         pair=f"{BOS} $A {BOS} $B",

@@ -65,7 +65,8 @@ def flat_params(model: Decoder) -> tuple[nnx.GraphDef[Decoder], Params]:
 def rebuild(graph: nnx.GraphDef[Decoder], params: Params) -> Decoder:
     """The opposite of `flat_params`."""
     leaves = {tuple(name.split(".")): nnx.Param(value) for name, value in params.items()}
-    return nnx.merge(graph, nnx.State.from_flat_path(leaves))
+    model: Decoder = nnx.merge(graph, nnx.State.from_flat_path(leaves))
+    return model
 
 
 def rows(corpus: Corpus, tokenizer: Tokenizer, length: int, batch: int) -> Iterator[np.ndarray]:
@@ -111,7 +112,8 @@ def make_step(
         def row(row_tokens: jax.Array) -> jax.Array:
             hidden, _ = model(row_tokens[:-1], positions, ops, None)
             scores = model.logits(hidden, ops)
-            return optax.softmax_cross_entropy_with_integer_labels(scores, row_tokens[1:]).mean()
+            likelihood = jax.nn.log_softmax(scores)
+            return -jnp.take_along_axis(likelihood, row_tokens[1:, None], axis=1).mean()
 
         return jax.vmap(row)(tokens).mean()
 

@@ -4,34 +4,43 @@ Every tuple is a category that a story template can name: `{a:toy}` is "a red ba
 mention and `{toy}` is "ball" from then on. Adjectives are drawn per category from `ADJECTIVES`.
 """
 
-GIRLS = tuple(
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+def _commas(text: str) -> tuple[str, ...]:
+    return tuple(" ".join(part.split()) for part in text.split(","))
+
+
+GIRLS = _words(
     """Lily Mia Anna Emma Sara Lucy Ella Rose Nora Ruby Zoe Ivy Clara Molly Daisy Hanna Lena Maya
     Nina Alice Eva Grace Amy Julia Sofia Kate Tina Jane Mary Lola Freya Greta Ida Leila Olive
-    Penny Sally Sue Tess Vera Wendy Bella Cora Dora Edith Flora Hazel Iris""".split()
+    Penny Sally Sue Tess Vera Wendy Bella Cora Dora Edith Flora Hazel Iris"""
 )
-BOYS = tuple(
+BOYS = _words(
     """Tom Ben Sam Max Leo Jack Tim Finn Oscar Noah Paul Peter Adam Theo Henry Jim Joe Luke Milo
     Nick Omar Otto Ray Rob Simon Ted Will Alex Anton Carl Dan Eric Felix Fred George Hugo Ian Ivan
-    Jonas Karl Liam Mark Ned Oliver Pablo Ravi Toby Victor""".split()
+    Jonas Karl Liam Mark Ned Oliver Pablo Ravi Toby Victor"""
 )
-PET_NAMES = tuple(
+PET_NAMES = _words(
     """Pip Rusty Coco Bella Spot Fluffy Biscuit Pepper Honey Ginger Hop Nibbles Sunny Shadow Patch
     Bubbles Daisy Dusty Button Whiskers Poppy Willow Clover Maple Snowy Bruno Benny Dot Fern Gus
     Hazel Jojo Kiki Lulu Mimi Momo Nutmeg Olly Pickle Rolo Sandy Teddy Toffee Waffles Ziggy Mossy
-    Bramble Pebble Twiggy Puff""".split()
+    Bramble Pebble Twiggy Puff"""
 )
-SYLLABLES = tuple(
+SYLLABLES = _words(
     """ba bo da di fa fi ga ha jo ka ki la li lo lu ma mi mo na ni no pa pe ra ri ro sa se ta ti
-    to va vi za zo""".split()
+    to va vi za zo"""
 )
 NAME_ENDS = ("n", "r", "s", "l", "ra", "na", "lo", "ka", "mi", "x", "th", "by", "do", "la", "")
 
-ANIMALS = tuple(
+ANIMALS = _words(
     """dog cat fox rabbit bear mouse squirrel owl frog duck pig cow horse sheep goat lamb kitten
     puppy hedgehog turtle deer wolf bird hen donkey monkey elephant lion tiger penguin otter beaver
     badger pony goose raccoon crow snail bee parrot giraffe zebra hippo panda koala kangaroo seal
     crab bunny camel mole hamster lizard swan robin chick dog cat
-    fox rabbit bear mouse dog cat fox rabbit bear mouse elephant lion bird duck""".split()
+    fox rabbit bear mouse dog cat fox rabbit bear mouse elephant lion bird duck"""
 )
 PETS = ("dog", "cat", "rabbit", "kitten", "puppy", "hamster", "parrot", "turtle", "pony", "bunny")
 # Kind and pronoun of people who can be a hero without a name.
@@ -42,7 +51,20 @@ PEOPLE = (
     ("gardener", "she"), ("tailor", "he"), ("teacher", "she"), ("doctor", "she"), ("pirate", "he"),
     ("shepherd", "he"), ("clown", "he"), ("cook", "she"),
 )  # fmt: skip
-CREATURES = ("dragon", "robot", "giant", "fairy", "ghost", "elf", "troll", "unicorn", "mermaid", "dragon", "dragon", "robot")
+CREATURES = (
+    "dragon",
+    "robot",
+    "giant",
+    "fairy",
+    "ghost",
+    "elf",
+    "troll",
+    "unicorn",
+    "mermaid",
+    "dragon",
+    "dragon",
+    "robot",
+)
 ELDERS = (
     ("a wise old owl", "the owl", "she"), ("an old turtle", "the old turtle", "he"),
     ("a kind old woman", "the old woman", "she"), ("a friendly farmer", "the farmer", "he"),
@@ -99,72 +121,63 @@ HOMES = {
     ),
 }  # fmt: skip
 
-
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(" ".join(part.split()) for part in text.split(","))
-
-
 NOUNS: dict[str, tuple[str, ...]] = {
-    "toy": _split(
+    "toy": _commas(
         """ball, doll, kite, boat, drum, train, teddy bear, car, puppet, wagon, rocket, bicycle,
         toy horse, puzzle, balloon, bucket, hoop, marble, truck, toy duck, toy rabbit, rope"""
     ),
-    "thing": _split(
+    "thing": _commas(
         """hat, book, key, cup, lamp, ring, bell, box, map, clock, mirror, coin, basket, blanket,
         ladder, umbrella, coat, scarf, shoe, button, candle, chair, bottle, feather, stone, shell,
         necklace, pencil, picture, whistle, telescope, suitcase, crown, glove, spoon, watch,
         computer, camera, bag, flag, pillow, table, pot, lantern, flute, radio, telephone"""
     ),
-    "treasure": _split(
+    "treasure": _commas(
         """key, coin, ring, shell, stone, feather, bell, box, mirror, button, crown, bottle, map,
         egg, seed, whistle, lantern, necklace, star, pearl, spoon, cup, compass"""
     ),
-    "gift": _split(
+    "gift": _commas(
         """scarf, hat, book, cake, flower, drum, ball, basket, kite, necklace, picture, blanket,
         lantern, pair of boots, pot of honey, bag of nuts, box of paints, bell, cup, flute"""
     ),
-    "treat": _split(
+    "treat": _commas(
         """cake, pie, cookie, sandwich, bun, pancake, apple, pear, loaf of bread, bowl of soup,
         jar of honey, bag of nuts, piece of cheese, bowl of berries, melon, carrot, muffin, peach"""
     ),
-    "dish": _split("cake, pie, soup, bread, pudding, jam, stew, pizza, porridge, salad, pancake"),
-    "fruit": _split(
+    "dish": _commas("cake, pie, soup, bread, pudding, jam, stew, pizza, porridge, salad, pancake"),
+    "fruit": _commas(
         "apples, pears, berries, plums, cherries, nuts, carrots, grapes, strawberries, beans"
     ),
-    "flower": _split("rose, tulip, daisy, sunflower, lily, poppy, bluebell, violet, buttercup"),
-    "plant": _split(
+    "flower": _commas("rose, tulip, daisy, sunflower, lily, poppy, bluebell, violet, buttercup"),
+    "plant": _commas(
         "sunflower, bean plant, pumpkin, rose bush, apple tree, tomato plant, melon, tulip"
     ),
-    "tree": _split("oak tree, apple tree, pine tree, willow, cherry tree, birch, chestnut tree"),
-    "bug": _split("butterfly, ladybug, bee, ant, firefly, beetle, grasshopper, dragonfly, moth"),
-    "baby": _split("bird, duckling, squirrel, owl, rabbit, kitten, hedgehog, lamb, fox, mouse"),
-    "song": _split("flute, drum, violin, guitar, trumpet, piano, fiddle, whistle, harp"),
-    "craft": _split("boat, cart, wagon, raft, train, ship, sled, balloon, cart with two wheels"),
-    "job": _split(
-        "bake bread, fix shoes, paint walls, build boats, grow corn, cook soup, sew coats, drive a bus"
+    "tree": _commas("oak tree, apple tree, pine tree, willow, cherry tree, birch, chestnut tree"),
+    "bug": _commas("butterfly, ladybug, bee, ant, firefly, beetle, grasshopper, dragonfly, moth"),
+    "baby": _commas("bird, duckling, squirrel, owl, rabbit, kitten, hedgehog, lamb, fox, mouse"),
+    "song": _commas("flute, drum, violin, guitar, trumpet, piano, fiddle, whistle, harp"),
+    "craft": _commas("boat, cart, wagon, raft, train, ship, sled, balloon, cart with two wheels"),
+    "game": _commas(
+        "hide and seek, tag, catch, a counting game, a jumping game, marbles, football"
     ),
-    "game": _split("hide and seek, tag, catch, a counting game, a jumping game, marbles, football"),
-    "color": _split(
+    "color": _commas(
         "red, blue, green, yellow, orange, purple, pink, white, black, brown, golden, silver"
     ),
-    "number": _split("two, three, four, five, six, seven, eight, nine, ten, twelve, twenty"),
-    "season": _split("spring, summer, autumn, winter"),
-    "night": _split("moon, stars, lamp, fire, candle"),
-    "clothes": _split("coat, hat, scarf, sweater, dress, pair of socks, shirt, cap"),
+    "number": _commas("two, three, four, five, six, seven, eight, nine, ten, twelve, twenty"),
+    "season": _commas("spring, summer, autumn, winter"),
 }
 ADJECTIVES: dict[str, tuple[str, ...]] = {
-    "toy": _split("red, blue, green, yellow, small, new, shiny, old, little, big, wooden, orange"),
-    "thing": _split("old, big, small, golden, strange, red, blue, green, little, round, heavy"),
-    "treasure": _split("shiny, golden, small, strange, silver, old, little, tiny, blue, bright"),
-    "gift": _split("red, beautiful, small, big, lovely, warm, new, special, little, yellow"),
-    "treat": _split("big, sweet, small, tasty, warm, fresh, round, delicious, little"),
-    "dish": _split("big, hot, sweet, special, delicious"),
-    "flower": _split("red, yellow, small, pretty, tiny, purple, tall, white, pink"),
-    "plant": _split("tall, big, green, beautiful, strong"),
-    "tree": _split("tall, old, big, green, crooked"),
-    "bug": _split("small, tiny, green, yellow, bright, little, blue, busy"),
-    "baby": _split("tiny, little, small, young, cold, frightened"),
-    "song": _split("old, small, wooden, golden, little, shiny"),
-    "craft": _split("small, red, blue, old, wooden, little, yellow, big"),
-    "clothes": _split("warm, red, blue, green, new, soft, woolly, yellow"),
+    "toy": _commas("red, blue, green, yellow, small, new, shiny, old, little, big, wooden, orange"),
+    "thing": _commas("old, big, small, golden, strange, red, blue, green, little, round, heavy"),
+    "treasure": _commas("shiny, golden, small, strange, silver, old, little, tiny, blue, bright"),
+    "gift": _commas("red, beautiful, small, big, lovely, warm, new, special, little, yellow"),
+    "treat": _commas("big, sweet, small, tasty, warm, fresh, round, delicious, little"),
+    "dish": _commas("big, hot, sweet, special, delicious"),
+    "flower": _commas("red, yellow, small, pretty, tiny, purple, tall, white, pink"),
+    "plant": _commas("tall, big, green, beautiful, strong"),
+    "tree": _commas("tall, old, big, green, crooked"),
+    "bug": _commas("small, tiny, green, yellow, bright, little, blue, busy"),
+    "baby": _commas("tiny, little, small, young, cold, frightened"),
+    "song": _commas("old, small, wooden, golden, little, shiny"),
+    "craft": _commas("small, red, blue, old, wooden, little, yellow, big"),
 }

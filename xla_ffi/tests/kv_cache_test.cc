@@ -2,6 +2,7 @@
 #include "kv/kv_cache.h"
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -292,6 +293,58 @@ TEST(statistics_tell_slots_by_state) {
   CHECK_EQ(s.available_bytes, 3 * page_bytes());
   CHECK_EQ(s.map_calls, 2u);
   CHECK_EQ(s.unmap_calls, 0u);
+}
+
+// Shows a test the moment just before memory is mapped or unmapped.
+class WatchedDriver : public FaultyDriver {
+ public:
+  using FaultyDriver::FaultyDriver;
+  Status map(std::byte* at, const Handle* handles, size_t n, size_t chunk_bytes) override {
+    if (on_map) on_map();
+    return FaultyDriver::map(at, handles, n, chunk_bytes);
+  }
+  Status unmap(std::byte* at, size_t bytes) override {
+    if (on_unmap) on_unmap();
+    return FaultyDriver::unmap(at, bytes);
+  }
+  std::function<void()> on_map, on_unmap;
+};
+
+TEST(readers_learn_of_memory_after_it_comes_and_before_it_goes) {
+  const auto driver = std::make_shared<WatchedDriver>(host_driver());
+  const auto pool = make_pool(driver, 16 * page_bytes());
+  const auto cache = make_cache(pool, page_layout(1, 64));
+  std::vector<int64_t> seen;
+  driver->on_map = driver->on_unmap = [&] { seen.push_back(cache->mapped_tokens(0)); };
+  REQUIRE_OK(cache->take_slot(0).status());
+  REQUIRE_OK(extend(*cache, {0}, {24}));
+  REQUIRE_OK(extend(*cache, {0}, {64}));
+  REQUIRE_OK(cache->truncate(0, 56));
+  const ChunkId shared = cache->slot_chunks(0)[5];
+  REQUIRE_OK(pool->retain(shared));
+  REQUIRE_OK(cache->release(0));
+  REQUIRE_OK(pool->release(shared));
+  REQUIRE_OK(cache->reclaim(page_bytes()).status());
+  REQUIRE_OK(cache->close());
+  CHECK(seen == (std::vector<int64_t>{0, 24, 56, 40, 32, 0}));
+}
+
+TEST(a_call_in_the_middle_of_another_is_refused) {
+  const auto driver = std::make_shared<WatchedDriver>(host_driver());
+  const auto cache = make_cache(make_pool(driver, 16 * page_bytes()), page_layout(2, 64));
+  const int32_t slot = cache->take_slot(0).value();
+  int refused = 0;
+  driver->on_map = [&] {
+    refused += cache->take_slot(0).status().code() == Code::kInvalid;
+    refused += extend(*cache, {slot}, {8}).code() == Code::kInvalid;
+    refused += cache->truncate(slot, 0).code() == Code::kInvalid;
+    refused += cache->release(slot).code() == Code::kInvalid;
+    refused += cache->reclaim(1).status().code() == Code::kInvalid;
+    refused += cache->close().code() == Code::kInvalid;
+  };
+  REQUIRE_OK(extend(*cache, {slot}, {8}));
+  CHECK_EQ(refused, 6);
+  CHECK_EQ(cache->mapped_tokens(slot), 8);
 }
 
 TEST(the_registry_finds_what_lives) {

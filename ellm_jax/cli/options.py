@@ -1,0 +1,167 @@
+"""Command-line options made from the dataclasses that they fill: one place for names, kinds,
+defaults and help."""
+
+from __future__ import annotations
+
+import argparse
+import collections.abc
+import dataclasses
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from ellm_jax.config import EngineConfig
+from ellm_jax.sampling import SamplingParams
+
+_T = TypeVar("_T")
+
+_RENAMED_SWITCHES = {"progress": "quiet"}
+"""Switches whose negation has a better name than --no-..., with what they say."""
+_OWN_HELP = {"progress": "no progress bars and no summary; only results and errors"}
+_METAVARS = {"device_memory": "SIZE", "dtype": "{float32,bfloat16}", "compilation_cache": "DIR"}
+
+
+def add_model_option(parser: argparse.ArgumentParser) -> None:
+    """--model."""
+    parser.add_argument(
+        "--model",
+        metavar="DIR",
+        help="a Hugging Face directory, or what `ellm convert` wrote (default: the small model "
+        "in the package)",
+    )
+
+
+def add_engine_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Options for the fields of `EngineConfig`; `defaults` replace those of the class."""
+    _add(parser.add_argument_group("engine"), EngineConfig, defaults, leave_out=())
+
+
+def engine_config(args: argparse.Namespace, **defaults: Any) -> EngineConfig:
+    """The configuration that the options say; `defaults` stand where an option was not given.
+
+    Raises:
+        ValueError: a value that the class refuses.
+    """
+    return _collect(args, EngineConfig, defaults)
+
+
+def add_sampling_options(
+    parser: argparse.ArgumentParser, leave_out: Sequence[str] = (), **defaults: Any
+) -> None:
+    """Options for the fields of `SamplingParams`; `defaults` replace those of the class."""
+    _add(parser.add_argument_group("sampling"), SamplingParams, defaults, leave_out)
+
+
+def sampling_params(args: argparse.Namespace, **defaults: Any) -> SamplingParams:
+    """The parameters that the options say; `defaults` stand where an option was not given.
+
+    Raises:
+        ValueError: a value that the class refuses.
+    """
+    return _collect(args, SamplingParams, defaults)
+
+
+def given_fields(args: argparse.Namespace, cls: type[Any]) -> dict[str, Any]:
+    """The fields of `cls` that options were given for."""
+    prefix = f"{cls.__name__}."
+    return {
+        name.removeprefix(prefix): value
+        for name, value in vars(args).items()
+        if name.startswith(prefix)
+    }
+
+
+def _collect(args: argparse.Namespace, cls: type[_T], defaults: Mapping[str, Any]) -> _T:
+    given = given_fields(args, cls)
+    if "logit_bias" in given:
+        given["logit_bias"] = dict(given["logit_bias"])
+    return cls(**{**defaults, **given})
+
+
+def _add(
+    group: Any, cls: type[Any], defaults: Mapping[str, Any], leave_out: Sequence[str]
+) -> None:
+    docs = _attribute_docs(cls)
+    kinds = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.name in leave_out:
+            continue
+        default = defaults.get(field.name, field.default)
+        text = _OWN_HELP.get(field.name) or docs[field.name]
+        # SUPPRESS: only what was given reaches the namespace, the rest is the class's business.
+        common = {"dest": f"{cls.__name__}.{field.name}", "default": argparse.SUPPRESS}
+        flag = field.name.replace("_", "-")
+        if kinds[field.name] is bool:
+            if default:
+                flag = _RENAMED_SWITCHES.get(field.name, f"no-{flag}")
+                if field.name not in _OWN_HELP:
+                    text = f"turns this off: {text}"
+            action = "store_false" if default else "store_true"
+            group.add_argument(f"--{flag}", action=action, help=_escaped(text), **common)
+            continue
+        if default is not None:
+            text = f"{text} (default: {default})"
+        parse, repeatable = _parser_of(kinds[field.name])
+        group.add_argument(
+            f"--{flag}",
+            type=parse,
+            action="append" if repeatable else "store",
+            metavar=_METAVARS.get(field.name) or _metavar(parse),
+            help=_escaped(f"{text} May be repeated." if repeatable else text),
+            **common,
+        )
+
+
+def _parser_of(kind: Any) -> tuple[Callable[[str], Any], bool]:
+    """How one value of a field's type is read, and whether the option may be repeated."""
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        members = [member for member in typing.get_args(kind) if member is not type(None)]
+        for member in members:
+            if typing.get_origin(member) in (collections.abc.Sequence, collections.abc.Mapping):
+                return _parser_of(member)
+        return (str, False) if str in members else (members[0], False)
+    if typing.get_origin(kind) is collections.abc.Sequence:
+        return typing.get_args(kind)[0], True
+    if typing.get_origin(kind) is collections.abc.Mapping:
+        return _pair, True
+    return kind, False
+
+
+def _pair(text: str) -> tuple[int, float]:
+    """Reads "ID=NUMBER"."""
+    key, _, value = text.partition("=")
+    try:
+        return int(key), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no bias; write a token id, =, and a number, as in 42=-100"
+        ) from None
+
+
+def _metavar(parse: Callable[[str], Any]) -> str:
+    return {int: "N", float: "X", str: "TEXT", _pair: "ID=X"}[parse]
+
+
+def _attribute_docs(cls: type[Any]) -> dict[str, str]:
+    """What the "Attributes:" section of a docstring says about each field."""
+    section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
+    docs: dict[str, str] = dict.fromkeys((field.name for field in dataclasses.fields(cls)), "")
+    name = ""
+    for line in section.splitlines():
+        start = re.match(r"    (\w+): (.*)", line)
+        if start:
+            name = start[1]
+            docs[name] = start[2]
+        elif line.startswith("     ") and name:
+            docs[name] += f" {line.strip()}"
+        elif line.strip():
+            break
+    return {name: text.replace("``", "").rstrip() for name, text in docs.items()}
+
+
+def _escaped(text: str) -> str:
+    """Text in which argparse finds no formats."""
+    return text.replace("%", "%%")

@@ -1,0 +1,79 @@
+"""Fixtures shared by the tests: small checkpoints, and engines over them."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hf_checkpoints
+import jax
+import pytest
+
+from ellm_jax import Engine, EngineConfig
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(request: pytest.FixtureRequest) -> None:
+    """Compiled steps are kept between tests and runs: most of a test's time would be theirs."""
+    jax.config.update("jax_compilation_cache_dir", str(request.config.cache.mkdir("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a random-weight checkpoint, once per name and context."""
+    made: dict[tuple[str, int | None], Path] = {}
+
+    def make(name: str = "llama", *, context: int | None = None) -> Path:
+        if (name, context) not in made:
+            path = hf_checkpoints.make_checkpoint(tmp_path_factory.mktemp("model"), name)
+            if context is not None:
+                config = json.loads((path / "config.json").read_text())
+                config["max_position_embeddings"] = context
+                (path / "config.json").write_text(json.dumps(config))
+            made[name, context] = path
+        return made[name, context]
+
+    return make
+
+
+class CheckedEngine:
+    """Makes engines that check the ledger after every step, and that nothing is left at the end."""
+
+    def __init__(self) -> None:
+        self.engines: list[Engine] = []
+
+    def __call__(self, path: Path, **config: object) -> Engine:
+        defaults = {"device_memory": "64MiB", "max_num_seqs": 8, "max_batch_tokens": 64}
+        settings = EngineConfig(**{**defaults, "progress": False, **config})  # type: ignore[arg-type]
+        engine = Engine.from_pretrained(path, settings)
+        loop = engine._loop
+        step = loop.step
+
+        def checked_step() -> None:
+            step()
+            loop.ledger.check()
+            running = {r.slot for r in loop.scheduler.running}
+            assert len(running) == len(loop.scheduler.running), "two requests share a slot"
+
+        loop.step = checked_step  # type: ignore[method-assign]
+        self.engines.append(engine)
+        return engine
+
+    def finish(self) -> None:
+        for engine in self.engines:
+            loop = engine._loop
+            engine.close()
+            usage = loop.ledger.usage()
+            assert usage["kv"] == usage["activation"] == usage["cache"] == 0, usage
+            assert not loop._steps_of, "a step is still accounted for"
+            assert not loop._leaving, "an ended request still holds memory"
+            loop.ledger.check()
+
+
+@pytest.fixture
+def make_engine() -> Iterator[CheckedEngine]:
+    """Engines of a test; closed and checked at its end."""
+    maker = CheckedEngine()
+    yield maker
+    maker.finish()
