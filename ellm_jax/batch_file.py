@@ -58,6 +58,10 @@ _ONLY_VALUES: Mapping[str, tuple[Any, ...]] = {
 """Fields that are known and not supported, and the values besides null that ask for nothing."""
 
 
+LINE_START = '{"id": "batch_req_'
+"""What every line of the output begins with."""
+
+
 class BadLine(ValueError):  # noqa: N818  # named after what the caller has in hand
     """A line of the input that cannot be run.
 
@@ -95,15 +99,16 @@ class BatchRequest:
     params: SamplingParams
 
 
-def parse_line(line: str, defaults: Mapping[str, Any]) -> BatchRequest:
+def parse_line(line: bytes, defaults: Mapping[str, Any]) -> BatchRequest:
     """Reads a line of the input; `defaults` are sampling fields for what its body leaves out.
 
     Raises:
         BadLine: it cannot be run; says why.
     """
     try:
-        fields = json.loads(line)
-    except ValueError as error:
+        # Some editors begin a file with a byte order mark.
+        fields = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise BadLine(f"the line is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise BadLine("the line is not a JSON object; write custom_id, method, url and body")
@@ -211,7 +216,7 @@ def success_line(
     Args:
         request: what was asked.
         output: what came out.
-        line_id: the id of the line.
+        line_id: the id of the line; see `line_id_of`.
         model: the name to report.
         created: seconds since 1970.
         decoder: gives tokens their text in log probabilities; needed where those were asked for.
@@ -241,6 +246,11 @@ def failure_line(custom_id: str | None, message: str, *, line_id: str, status: i
     return _line(line_id, custom_id, status, {"error": error})
 
 
+def line_id_of(number: int) -> str:
+    """The id of the output line for a line of the input; the same in every run."""
+    return f"batch_req_{number}"
+
+
 def line_key(line: str) -> str:
     """What an output line stands for: its custom_id, or the line's id where that has none.
 
@@ -251,7 +261,7 @@ def line_key(line: str) -> str:
         fields = json.loads(line)
         key = fields["custom_id"] or fields["id"]
         fields["response"]["status_code"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise BadLine("it is no line of a batch output") from error
     return str(key)
 
@@ -259,12 +269,16 @@ def line_key(line: str) -> str:
 def _line(line_id: str, custom_id: str | None, status: int, body: Mapping[str, Any]) -> str:
     response = {"status_code": status, "request_id": f"req_{uuid.uuid4().hex}", "body": body}
     line = {"id": line_id, "custom_id": custom_id, "response": response, "error": None}
-    return json.dumps(line, ensure_ascii=False)
+    text = json.dumps(line, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # A custom_id may hold half of a surrogate pair, which only an escape can write.
+        text = json.dumps(line)
+    return text
 
 
-def _choice(
-    completion: CompletionOutput, chat: bool, decoder: Decoder | None
-) -> dict[str, Any]:
+def _choice(completion: CompletionOutput, chat: bool, decoder: Decoder | None) -> dict[str, Any]:
     entries = completion.logprobs
     logprobs: dict[str, Any] | None = None
     if entries is not None and decoder is not None:

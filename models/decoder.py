@@ -29,13 +29,6 @@ _SCANNED = (
 )
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Divide the last axis by its root mean square and multiply by `scale`, all in float32."""
-    wide = x.astype(jnp.float32)
-    inverse = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)
-
-
 def _initial(name: str, shape: tuple[int, ...], dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Param:
     if name.endswith("norm"):
         return nnx.Param(jnp.ones(shape, dtype))
@@ -112,29 +105,27 @@ class Decoder(nnx.Module):
                 y = ops.linear(x, getattr(blocks, name)[...], layer)
                 return y + this[f"{name}_bias"] if f"{name}_bias" in this else y
 
-            h = rms_norm(x, this["attn_norm"], config.norm_eps)
+            h = ops.rms_norm(x, this["attn_norm"], config.norm_eps)
             q, k, v = self._split_heads(linear(h, "qkv"))
             if config.qk_norm:
-                q = rms_norm(q, this["q_norm"], config.norm_eps)
-                k = rms_norm(k, this["k_norm"], config.norm_eps)
+                q = ops.rms_norm(q, this["q_norm"], config.norm_eps)
+                k = ops.rms_norm(k, this["k_norm"], config.norm_eps)
             q, k = apply_rotation(q, cos, sin), apply_rotation(k, cos, sin)
             mixed, cache = ops.attend(q, k, v, layer, this["window"], cache)
             x = x + linear(mixed.reshape(x.shape[0], config.q_size), "o")
 
-            h = rms_norm(x, this["mlp_norm"], config.norm_eps)
-            gate, up = jnp.split(linear(h, "gate_up").astype(jnp.float32), 2, axis=-1)
-            x = x + linear((jax.nn.silu(gate) * up).astype(x.dtype), "down")
+            h = ops.rms_norm(x, this["mlp_norm"], config.norm_eps)
+            x = x + linear(ops.silu_mul(linear(h, "gate_up")), "down")
             return (x, cache), None
 
         x = jnp.take(self.embed[...], tokens, axis=0, mode="clip")
         (x, cache), _ = lax.scan(block, (x, cache), self._per_layer())
-        return rms_norm(x, self.final_norm[...], config.norm_eps), cache
+        return ops.rms_norm(x, self.final_norm[...], config.norm_eps), cache
 
     def logits(self, hidden: jax.Array, ops: ModelOps) -> jax.Array:
         """Scores of every token of the vocabulary: `[R, H]` in, `f32[R, V]` out."""
         head = self.embed if self.config.tie_embeddings else self.lm_head
-        scores = ops.linear(hidden, head[...][None], jnp.int32(0))
-        return scores.astype(jnp.float32)
+        return ops.linear(hidden, head[...][None], jnp.int32(0), jnp.float32)
 
     def _split_heads(self, qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`[T, (Hq + 2 Hkv) D]` to `[T, Hq, D]`, `[T, Hkv, D]` and `[T, Hkv, D]`."""

@@ -1,10 +1,11 @@
-"""What a model asks of the engine: matrix products and attention, and nothing of memory."""
+"""What a model asks of the engine: the heavy operations and the reductions, nothing of memory."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
 import jax
+from jax.typing import DTypeLike
 
 
 class ModelOps(Protocol):
@@ -15,17 +16,41 @@ class ModelOps(Protocol):
     a custom call may index the stacked weights instead of being given a copied slice.
     """
 
-    def linear(self, x: jax.Array, weight: jax.Array, layer: jax.Array) -> jax.Array:
+    def linear(
+        self,
+        x: jax.Array,
+        weight: jax.Array,
+        layer: jax.Array,
+        out_dtype: DTypeLike | None = None,
+    ) -> jax.Array:
         """`x @ weight[layer].T`, accumulated in float32.
 
         Args:
             x: `[T, K]`.
             weight: `[L, N, K]`, all layers.
             layer: `i32[]`.
+            out_dtype: of the result; None takes that of x.
 
         Returns:
-            `[T, N]` in the dtype of x.
+            `[T, N]`.
         """
+        ...
+
+    def rms_norm(self, x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+        """Divide the last axis by its root mean square and multiply by `scale`, in float32.
+
+        Args:
+            x: `[T, N]` or `[T, heads, N]`.
+            scale: `[N]`, in the dtype of x.
+            eps: added to the mean square.
+
+        Returns:
+            As x.
+        """
+        ...
+
+    def silu_mul(self, gate_up: jax.Array) -> jax.Array:
+        """`silu(gate) * up` in float32; `[T, 2 N]`, gate first, to `[T, N]` in its dtype."""
         ...
 
     def attend(

@@ -7,20 +7,38 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 
 class XlaOps:
     """`ModelOps` without a cache: the tokens are one sequence from its start. Differentiable."""
 
-    def linear(self, x: jax.Array, weight: jax.Array, layer: jax.Array) -> jax.Array:
-        """`x @ weight[layer].T` in float32, returned in the dtype of x."""
+    def linear(
+        self,
+        x: jax.Array,
+        weight: jax.Array,
+        layer: jax.Array,
+        out_dtype: DTypeLike | None = None,
+    ) -> jax.Array:
+        """`x @ weight[layer].T` in float32, returned in `out_dtype` or the dtype of x."""
         return jnp.einsum(
             "tk,nk->tn",
             x,
             weight[layer],
             precision=lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
-        ).astype(x.dtype)
+        ).astype(x.dtype if out_dtype is None else out_dtype)
+
+    def rms_norm(self, x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+        """See `ModelOps.rms_norm`."""
+        wide = x.astype(jnp.float32)
+        inverse = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+        return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+
+    def silu_mul(self, gate_up: jax.Array) -> jax.Array:
+        """See `ModelOps.silu_mul`."""
+        gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+        return (jax.nn.silu(gate) * up).astype(gate_up.dtype)
 
     def attend(
         self,

@@ -45,6 +45,7 @@ class CheckedEngine:
 
     def __call__(self, path: Path, **config: object) -> Engine:
         defaults = {"device_memory": "64MiB", "max_num_seqs": 8, "max_batch_tokens": 64}
+        defaults |= {"warm_up": False}
         settings = EngineConfig(**{**defaults, "progress": False, **config})  # type: ignore[arg-type]
         engine = Engine.from_pretrained(path, settings)
         loop = engine._loop

@@ -61,4 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # As in `ellm generate ... | head -1`. What is left in the buffer must go somewhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _NOBODY_READS
+    except OSError as error:
+        # The disk is full, a file system went away: nothing that a traceback would explain.
+        print(f"ellm: {error}", file=sys.stderr)
+        return 1
     return code

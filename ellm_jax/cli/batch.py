@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import queue
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -14,9 +12,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from tqdm import tqdm
 
 from ellm_jax.batch_file import (
+    LINE_START,
     BadLine,
     BatchRequest,
     failure_line,
+    line_id_of,
     line_key,
     parse_line,
     success_line,
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         options.sampling_params(args, max_tokens=256)
         config = options.engine_config(args)
     defaults = {"max_tokens": 256, **options.given_fields(args, SamplingParams)}
-    with source.open(encoding="utf-8", errors="replace") as file:
+    with source.open("rb") as file:
         total = sum(1 for line in file if line.strip())
     with plain_errors():
         engine = Engine.from_pretrained(args.model, config)
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     with engine, target.open("ab") as out:
         bar = tqdm(total=total, desc="Batch", unit="req", disable=not config.progress)
         job = _Job(engine, out, done, defaults, name, bar)
-        with bar, plain_errors():
+        with bar:
             job.run(source, _AHEAD * config.max_num_seqs)
     summary = job.summary()
     if args.json:
@@ -118,23 +118,24 @@ def _repair(target: Path) -> set[str]:
     with target.open("r+b") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
+                start = LINE_START.encode()
+                if line[: len(start)] != start[: len(line)]:
+                    raise _no_output(target, number)
                 break
-            with _naming(target, number):
+            try:
                 keys.add(line_key(line.decode("utf-8", errors="replace")))
+            except BadLine as error:
+                raise _no_output(target, number) from error
             whole_bytes += len(line)
         file.truncate(whole_bytes)
     return keys
 
 
-@contextlib.contextmanager
-def _naming(target: Path, number: int) -> Iterator[None]:
-    try:
-        yield
-    except BadLine as error:
-        raise Failure(
-            f"{target}, line {number}: {error}; nothing was written. Give the file that an earlier "
-            "run wrote, or a new one"
-        ) from error
+def _no_output(target: Path, number: int) -> Failure:
+    return Failure(
+        f"{target}, line {number} is no result of a batch; nothing was written. Give the file that "
+        "an earlier run wrote, or a new one"
+    )
 
 
 class _Job:
@@ -166,7 +167,7 @@ class _Job:
 
     def run(self, source: Path, most: int) -> None:
         """Runs the whole input, `most` requests in the engine at a time."""
-        with source.open(encoding="utf-8", errors="replace") as file:
+        with source.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     self._take(number, line)
@@ -185,9 +186,9 @@ class _Job:
             "output_tokens": self._tokens,
         }
 
-    def _take(self, number: int, line: str) -> None:
+    def _take(self, number: int, line: bytes) -> None:
         """Submits a line of the input, or writes at once what is wrong with it."""
-        line_id = f"batch_req_{number}"
+        line_id = line_id_of(number)
         try:
             request = parse_line(line, self._defaults)
         except BadLine as error:
@@ -196,11 +197,12 @@ class _Job:
             return
         if self._known(request.custom_id, number):
             return
-        try:
-            future = self._engine.submit(request.prompt, request.params)
-        except (ValueError, TypeError) as error:
-            self._refuse(request.custom_id, line_id, str(error))
-            return
+        with plain_errors():
+            try:
+                future = self._engine.submit(request.prompt, request.params)
+            except (ValueError, TypeError) as error:
+                self._refuse(request.custom_id, line_id, str(error))
+                return
         self._running += 1
         future.add_done_callback(lambda over: self._over.put((request, line_id, over)))
 
@@ -226,7 +228,8 @@ class _Job:
         """Writes the next result."""
         request, line_id, future = self._over.get()
         self._running -= 1
-        output = future.result()
+        with plain_errors():
+            output = future.result()
         errors = [c.error for c in output.outputs if c.finish_reason == "error"]
         if errors:
             self.failed += 1

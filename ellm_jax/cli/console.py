@@ -48,7 +48,7 @@ def reading(name: str) -> Iterator[TextIO]:
         yield sys.stdin
         return
     try:
-        file = Path(name).open(encoding="utf-8")
+        file = Path(name).open(encoding="utf-8")  # noqa: SIM115  # closed below; errors differ
     except OSError as error:
         raise Failure(f"{name} cannot be read: {error.strerror}; check the path") from error
     with file:

@@ -48,7 +48,9 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--input", metavar="FILE", help="read prompts from a file, one per line; - for stdin"
     )
-    parser.add_argument("--chat", action="store_true", help="a prompt is what a user says in a chat")
+    parser.add_argument(
+        "--chat", action="store_true", help="a prompt is what a user says in a chat"
+    )
     parser.add_argument("--system", metavar="TEXT", help="with --chat: what the system says first")
     parser.add_argument("--echo", action="store_true", help="write the prompt before its text")
     parser.add_argument("--json", action="store_true", help="write JSON, one line per prompt")
@@ -139,7 +141,9 @@ def _stream(engine: Engine, prompt: Prompt, params: SamplingParams, echo: str) -
     return output
 
 
-def _write(args: argparse.Namespace, texts: Sequence[str], outputs: Sequence[RequestOutput]) -> None:
+def _write(
+    args: argparse.Namespace, texts: Sequence[str], outputs: Sequence[RequestOutput]
+) -> None:
     if args.json:
         for output in outputs:
             write_json(_as_json(output))
@@ -183,7 +187,12 @@ def _summary(engine: Engine, outputs: Sequence[RequestOutput], wall_s: float) ->
 
 
 def _statistics(engine: Engine) -> str:
-    stats = dataclasses.asdict(engine.stats())
-    times = [f"{name[:-2]:<11} {value:>10.3f} s" for name, value in stats.items() if "_s" in name]
-    counts = [f"{name:<13} {value:>8}" for name, value in stats.items() if name[-2:] != "_s"]
-    return "\n".join([str(engine.memory()), "", *times, *counts])
+    """Where memory and time went, in columns."""
+    peaks = engine.memory().peaks
+    lines = [f"{'memory at most':<16}"]
+    lines += [f"  {owner:<14}{format_bytes(peaks[owner]):>12}" for owner in peaks]
+    lines.append("host loop")
+    for name, value in dataclasses.asdict(engine.stats()).items():
+        shown = f"{value * 1000:.1f} ms" if name.endswith("_s") else str(value)
+        lines.append(f"  {name.removesuffix('_s').replace('_', ' '):<14}{shown:>12}")
+    return "\n".join(lines)

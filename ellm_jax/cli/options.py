@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ellm_jax.config import EngineConfig
-from ellm_jax.sampling import SamplingParams
+from ellm_jax.sampling import MIN_TEMPERATURE, SamplingParams
 
 _T = TypeVar("_T")
 
@@ -81,16 +81,14 @@ def _collect(args: argparse.Namespace, cls: type[_T], defaults: Mapping[str, Any
     return cls(**{**defaults, **given})
 
 
-def _add(
-    group: Any, cls: type[Any], defaults: Mapping[str, Any], leave_out: Sequence[str]
-) -> None:
+def _add(group: Any, cls: type[Any], defaults: Mapping[str, Any], leave_out: Sequence[str]) -> None:
     docs = _attribute_docs(cls)
     kinds = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if field.name in leave_out:
             continue
         default = defaults.get(field.name, field.default)
-        text = _OWN_HELP.get(field.name) or docs[field.name]
+        text = _OWN_HELP.get(field.name) or _for_terminal(docs[field.name], default)
         # SUPPRESS: only what was given reaches the namespace, the rest is the class's business.
         common = {"dest": f"{cls.__name__}.{field.name}", "default": argparse.SUPPRESS}
         flag = field.name.replace("_", "-")
@@ -98,7 +96,7 @@ def _add(
             if default:
                 flag = _RENAMED_SWITCHES.get(field.name, f"no-{flag}")
                 if field.name not in _OWN_HELP:
-                    text = f"turns this off: {text}"
+                    text = f"do not {text}"
             action = "store_false" if default else "store_true"
             group.add_argument(f"--{flag}", action=action, help=_escaped(text), **common)
             continue
@@ -110,7 +108,7 @@ def _add(
             type=parse,
             action="append" if repeatable else "store",
             metavar=_METAVARS.get(field.name) or _metavar(parse),
-            help=_escaped(f"{text} May be repeated." if repeatable else text),
+            help=_escaped(f"{text}; may be repeated" if repeatable else text),
             **common,
         )
 
@@ -160,6 +158,18 @@ def _attribute_docs(cls: type[Any]) -> dict[str, str]:
         elif line.strip():
             break
     return {name: text.replace("``", "").rstrip() for name, text in docs.items()}
+
+
+def _for_terminal(text: str, default: Any) -> str:
+    """Says for a command line what a docstring says for Python."""
+    text = text.replace("MIN_TEMPERATURE", str(MIN_TEMPERATURE))
+    text = re.sub(r"[^.]*[Kk]ept as a tuple\.", "", text)
+    if default is None:
+        text = text.replace(". None: ", "; left out: ").replace("None: ", "left out: ").replace("None takes", "Left out, it takes")
+    else:
+        text = re.sub(r"\s*None means[^.]*\.", "", text)
+    text = text.strip().removesuffix(".")
+    return text[:1].lower() + text[1:]
 
 
 def _escaped(text: str) -> str:

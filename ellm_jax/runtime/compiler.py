@@ -18,14 +18,18 @@ from ellm_jax.runtime.step import StepMode
 _PLAIN = StepMode()
 
 
+def default_cache_directory() -> pathlib.Path:
+    """Where compiled steps are kept unless an engine is told otherwise."""
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(base) / "ellm_jax" / "xla"
+
+
 def use_compilation_cache(directory: str | None) -> None:
     """Keeps compiled steps in `directory` between runs; None: in the user's cache directory; "":
     nowhere. A cache that the process has set up for JAX already is left as it is."""
     if directory == "" or (directory is None and jax.config.jax_compilation_cache_dir):
         return
-    if directory is None:
-        base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        directory = str(pathlib.Path(base) / "ellm_jax" / "xla")
+    directory = directory or str(default_cache_directory())
     jax.config.update("jax_compilation_cache_dir", directory)
     # Every step is worth keeping: together they are what a start waits for.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -92,7 +92,35 @@ def linear(
     call = jax.ffi.ffi_call(
         "ellm_linear", jax.ShapeDtypeStruct((x.shape[0], weight.shape[1]), out_dtype)
     )
-    return call(x, weight, layer.reshape(1), rows)
+    out: jax.Array = call(x, weight, layer.reshape(1), rows)
+    return out
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, rows: jax.Array, eps: float) -> jax.Array:
+    """Divides the last axis by its root mean square and multiplies by `scale`, in float32.
+
+    Args:
+        x: `[T, N]` or `[T, heads, N]`.
+        scale: `[N]`, in the dtype of x.
+        rows: `i32[1]`, tokens in use; the rest of the result is zero.
+        eps: added to the mean square.
+    """
+    call = jax.ffi.ffi_call("ellm_rms_norm", jax.ShapeDtypeStruct(x.shape, x.dtype))
+    out: jax.Array = call(x, scale, rows, eps=np.float32(eps))
+    return out
+
+
+def silu_mul(gate_up: jax.Array, rows: jax.Array) -> jax.Array:
+    """`silu(gate) * up` in float32.
+
+    Args:
+        gate_up: `[T, 2 N]`, gate first.
+        rows: `i32[1]`, rows in use; the rest of the result is zero.
+    """
+    shape = (gate_up.shape[0], gate_up.shape[1] // 2)
+    call = jax.ffi.ffi_call("ellm_silu_mul", jax.ShapeDtypeStruct(shape, gate_up.dtype))
+    out: jax.Array = call(gate_up, rows)
+    return out
 
 
 class NativeOps:
@@ -112,6 +140,14 @@ class NativeOps:
     ) -> jax.Array:
         """See `ModelOps.linear`; rows past those in use are zero."""
         return linear(x, weight, layer, self._rows, x.dtype if out_dtype is None else out_dtype)
+
+    def rms_norm(self, x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+        """See `ModelOps.rms_norm`."""
+        return rms_norm(x, scale, self._rows, eps)
+
+    def silu_mul(self, gate_up: jax.Array) -> jax.Array:
+        """See `ModelOps.silu_mul`."""
+        return silu_mul(gate_up, self._rows)
 
     def attend(
         self,

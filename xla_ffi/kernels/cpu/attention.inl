@@ -55,11 +55,13 @@ static void reset(const SoftmaxState& s, int64_t rows, int64_t stride) {
 
 static inline float exp_one(float x) { return exp(splat(x))[0]; }
 
-// total = total merged with `part`, whose tokens come after.
-static void merge_into(const SoftmaxState& total, const SoftmaxState& part, int64_t rows,
+// total = total merged with `part`, whose tokens come after. One copy of the code for the divided
+// and the undivided path: inlined twice, a*b + c*d may be contracted in two ways.
+[[gnu::noinline]] static void merge_into(const SoftmaxState& total, const SoftmaxState& part, int64_t rows,
                        int64_t stride) {
   for (int64_t r = 0; r < rows; ++r) {
-    if (part.max[r] == kMinusInfinity) continue;  // the row sees no token of this part
+    // The row sees no token of this part. A part of NaN scores has no maximum either, but a sum.
+    if (part.sum[r] == 0.0f) continue;
     const float max = total.max[r] > part.max[r] ? total.max[r] : part.max[r];
     const float keep = exp_one(total.max[r] - max);
     const float add = exp_one(part.max[r] - max);
@@ -94,10 +96,10 @@ static inline void score_rows(const float* q, const float* k, int64_t stride, in
   }
 }
 
-// acc[r] += sum_j p[r, j] * v[j] for MR rows, j ascending.
+// acc[r] += sum_j p[r, j] * v[j] for MR rows and j in [begin, end), ascending.
 template <int MR>
-static inline void weigh_rows(const float* p, const float* v, int64_t v_stride, int64_t tokens,
-                              float* acc, int64_t acc_row) {
+static inline void weigh_rows(const float* p, const float* v, int64_t v_stride, int64_t begin,
+                              int64_t end, float* acc, int64_t acc_row) {
   constexpr int NV = 16 / MR > 4 ? 4 : 16 / MR;
   for (int64_t d = 0; d < acc_row; d += NV * kLanes) {
     const int64_t vectors = min_of(NV, (acc_row - d) / kLanes);
@@ -105,7 +107,7 @@ static inline void weigh_rows(const float* p, const float* v, int64_t v_stride, 
       Vec sum[MR][NV];
       for (int m = 0; m < MR; ++m)
         for (int i = 0; i < NV; ++i) sum[m][i] = load(acc + m * acc_row + d + i * kLanes);
-      for (int64_t j = 0; j < tokens; ++j) {
+      for (int64_t j = begin; j < end; ++j) {
         Vec vv[NV];
         for (int i = 0; i < NV; ++i) vv[i] = load(v + j * v_stride + d + i * kLanes);
         for (int m = 0; m < MR; ++m) {
@@ -120,7 +122,7 @@ static inline void weigh_rows(const float* p, const float* v, int64_t v_stride, 
     for (int64_t i = d; i < d + vectors * kLanes; i += kLanes) {
       for (int m = 0; m < MR; ++m) {
         Vec sum = load(acc + m * acc_row + i);
-        for (int64_t j = 0; j < tokens; ++j) {
+        for (int64_t j = begin; j < end; ++j) {
           sum += splat(p[m * kBlock + j]) * load(v + j * v_stride + i);
         }
         store(acc + m * acc_row + i, sum);
@@ -259,10 +261,10 @@ static void attend_tokens(const AttentionArgs& a, const AttentionUnit& u, int64_
       }
       r = 0;
       for (; r + 4 <= rows; r += 4) {
-        weigh_rows<4>(w.scores + r * kBlock, vf, stride, tokens, w.part.acc + r * stride, stride);
+        weigh_seen<4>(&seen[r], w.scores + r * kBlock, vf, w.part.acc + r * stride, stride);
       }
       for (; r < rows; ++r) {
-        weigh_rows<1>(w.scores + r * kBlock, vf, stride, tokens, w.part.acc + r * stride, stride);
+        weigh_seen<1>(&seen[r], w.scores + r * kBlock, vf, w.part.acc + r * stride, stride);
       }
     }
   }

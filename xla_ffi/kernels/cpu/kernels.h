@@ -90,6 +90,12 @@ struct Kernels {
                 float* scratch);
   // Floats between rows of SoftmaxState::acc.
   int64_t (*acc_stride)(int64_t head_dim);
+
+  // out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * scale; rows of n elements, all of `type`.
+  void (*rms_norm)(const void* x, const void* scale, void* out, ElementType type, int64_t rows,
+                   int64_t n, float eps);
+  // out[r, i] = silu(x[r, i]) * x[r, n + i]; x has rows of 2 n elements, out of n, all of `type`.
+  void (*silu_mul)(const void* x, void* out, ElementType type, int64_t rows, int64_t n);
 };
 
 }  // namespace ellm

@@ -70,7 +70,9 @@ static inline IVec lane_ids() {
 }
 
 static inline Vec select(IVec mask, Vec a, Vec b) { return mask ? a : b; }
+// b where either is NaN.
 static inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
+static inline Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
 
 // Round to nearest even; NaN stays NaN.
 static inline uint16_t to_bf16(float x) {
@@ -131,9 +133,9 @@ static inline float sum(Vec v) {
   return v[0];
 }
 
-// e^x to about 1 ulp; 0 below -87.3, which includes minus infinity.
+// e^x to about 1 ulp; 0 below -87.3, which includes minus infinity; NaN stays NaN.
 static inline Vec exp(Vec x) {
-  const Vec clamped = vmax(splat(-87.4f), x < splat(88.3f) ? x : splat(88.3f));
+  const Vec clamped = vmax(splat(-87.4f), vmin(splat(88.3f), x));
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec shifted = clamped * 1.44269504f + magic;
   const Vec n = shifted - magic;

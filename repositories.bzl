@@ -1,4 +1,64 @@
-"""Makes the C++ headers that a Python installation carries available to Bazel."""
+"""Repositories made from what the machine has; nothing is downloaded."""
+
+# ---- What Bazel 4 would download ----
+
+def _builtin_rules_impl(ctx):
+    ctx.file("BUILD.bazel")
+    ctx.file(ctx.attr.language + "/BUILD.bazel")
+    lines = ["%s = native.%s" % (rule, rule) for rule in ctx.attr.rules]
+    ctx.file(ctx.attr.language + "/defs.bzl", "\n".join(lines) + "\n")
+
+_builtin_rules = repository_rule(
+    implementation = _builtin_rules_impl,
+    attrs = {
+        "language": attr.string(mandatory = True),
+        "rules": attr.string_list(mandatory = True),
+    },
+)
+
+def _no_coverage_impl(ctx):
+    ctx.file("BUILD.bazel", """
+filegroup(name = "coverage_report_generator", visibility = ["//visibility:public"])
+filegroup(name = "lcov_merger", visibility = ["//visibility:public"])
+""")
+
+_no_coverage = repository_rule(implementation = _no_coverage_impl)
+
+def offline_repositories():
+    """Gives Bazel 4 what it would otherwise download for any C++ build and test.
+
+    From @rules_cc and @rules_java its own toolchains take nothing but the rules built into Bazel, by
+    the same names; coverage is left out. Debian's bazel-bootstrap, which is a 4.2, states no version.
+    """
+    version = native.bazel_version
+    if version and not version.startswith("4."):
+        return
+    _builtin_rules(
+        name = "rules_cc",
+        language = "cc",
+        rules = [
+            "cc_binary",
+            "cc_library",
+            "cc_proto_library",
+            "cc_toolchain",
+            "cc_toolchain_suite",
+            "objc_library",
+        ],
+    )
+    _builtin_rules(
+        name = "rules_java",
+        language = "java",
+        rules = [
+            "java_binary",
+            "java_import",
+            "java_library",
+            "java_runtime",
+            "java_toolchain",
+        ],
+    )
+    _no_coverage(name = "remote_coverage_tools")
+
+# ---- Headers that a Python installation carries ----
 
 _FIND = """
 import importlib.util, pathlib, sysconfig

@@ -1,0 +1,1 @@
+"""Measurements: what is asked of an engine (workload), and how it did (offline)."""

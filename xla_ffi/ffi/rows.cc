@@ -1,0 +1,109 @@
+// XLA FFI handlers of the row-wise operations `ellm_rms_norm` and `ellm_silu_mul`.
+#include <cstring>
+#include <string>
+
+#include "ffi/handlers.h"
+#include "ffi/thread_pool.h"
+#include "kernels/cpu/dispatch.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ellm {
+
+namespace xf = xla::ffi;
+
+namespace {
+
+// Elements a thread takes at a time; fewer are not worth handing out.
+constexpr int64_t kElementsPerUnit = 16 * 1024;
+
+xf::Error refuse(const std::string& message) {
+  return xf::Error(xf::ErrorCode::kInvalidArgument, message);
+}
+
+// The rows in use of a [T, ...] operand whose leading dimension counts `per_token` rows a token;
+// the rest of `out` becomes zero. Calls body(first row, rows).
+template <class Body>
+xf::Error for_rows(xf::ThreadPool pool, xf::Buffer<xf::S32> used_tokens, int64_t tokens,
+                   int64_t per_token, int64_t out_row_bytes, void* out, int64_t row_elements,
+                   Body body) {
+  const int64_t used = used_tokens.typed_data()[0];
+  if (used < 0 || used > tokens) {
+    return refuse(std::to_string(used) + " tokens in use of " + std::to_string(tokens));
+  }
+  const int64_t rows = used * per_token;
+  const int64_t step = std::max<int64_t>(1, kElementsPerUnit / std::max<int64_t>(1, row_elements));
+  XlaParallel parallel(pool);
+  parallel((rows + step - 1) / step, [&](int64_t unit) {
+    body(unit * step, std::min(step, rows - unit * step));
+  });
+  std::memset(static_cast<char*>(out) + rows * out_row_bytes, 0,
+              (tokens - used) * per_token * out_row_bytes);
+  return xf::Error::Success();
+}
+
+bool float_type(xf::DataType type, ElementType* out) {
+  if (type != xf::DataType::F32 && type != xf::DataType::BF16) return false;
+  *out = type == xf::DataType::F32 ? ElementType::kFloat32 : ElementType::kBFloat16;
+  return true;
+}
+
+// x [T, N] or [T, heads, N], scale [N], rows s32[1] -> like x.
+xf::Error rms_norm_impl(xf::ThreadPool pool, xf::AnyBuffer x, xf::AnyBuffer scale,
+                        xf::Buffer<xf::S32> rows, xf::Result<xf::AnyBuffer> out, float eps) {
+  const auto xd = x.dimensions();
+  ElementType type;
+  if (!float_type(x.element_type(), &type) || scale.element_type() != x.element_type() ||
+      out->element_type() != x.element_type() || xd.size() < 2 || xd.size() > 3 ||
+      scale.dimensions().size() != 1 || scale.dimensions()[0] != xd.back() ||
+      out->element_count() != x.element_count()) {
+    return refuse("ellm_rms_norm: x [T, N] or [T, heads, N] and scale [N] do not fit");
+  }
+  const int64_t n = xd.back();
+  const int64_t bytes = n * element_bytes(type);
+  const auto* from = static_cast<const char*>(x.untyped_data());
+  auto* to = static_cast<char*>(out->untyped_data());
+  return for_rows(pool, rows, xd[0], xd.size() == 3 ? xd[1] : 1, bytes, to, n,
+                  [&](int64_t first, int64_t count) {
+                    kernels().rms_norm(from + first * bytes, scale.untyped_data(),
+                                       to + first * bytes, type, count, n, eps);
+                  });
+}
+
+// x [T, 2 N], rows s32[1] -> [T, N].
+xf::Error silu_mul_impl(xf::ThreadPool pool, xf::AnyBuffer x, xf::Buffer<xf::S32> rows,
+                        xf::Result<xf::AnyBuffer> out) {
+  const auto xd = x.dimensions();
+  const auto od = out->dimensions();
+  ElementType type;
+  if (!float_type(x.element_type(), &type) || out->element_type() != x.element_type() ||
+      xd.size() != 2 || od.size() != 2 || od[0] != xd[0] || xd[1] != 2 * od[1]) {
+    return refuse("ellm_silu_mul: x [T, 2 N] and result [T, N] do not fit");
+  }
+  const int64_t n = od[1];
+  const int64_t bytes = n * element_bytes(type);
+  const auto* from = static_cast<const char*>(x.untyped_data());
+  auto* to = static_cast<char*>(out->untyped_data());
+  return for_rows(pool, rows, xd[0], 1, bytes, to, n, [&](int64_t first, int64_t count) {
+    kernels().silu_mul(from + first * 2 * bytes, to + first * bytes, type, count, n);
+  });
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rms_norm_handler, rms_norm_impl,
+                              xf::Ffi::Bind()
+                                  .Ctx<xf::ThreadPool>()
+                                  .Arg<xf::AnyBuffer>()
+                                  .Arg<xf::AnyBuffer>()
+                                  .Arg<xf::Buffer<xf::S32>>()
+                                  .Ret<xf::AnyBuffer>()
+                                  .Attr<float>("eps"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(silu_mul_handler, silu_mul_impl,
+                              xf::Ffi::Bind()
+                                  .Ctx<xf::ThreadPool>()
+                                  .Arg<xf::AnyBuffer>()
+                                  .Arg<xf::Buffer<xf::S32>>()
+                                  .Ret<xf::AnyBuffer>());
+
+}  // namespace ellm
