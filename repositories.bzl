@@ -85,6 +85,7 @@ cc_library(
         "nanobind/ext/robin_map/include/**/*.h",
     ]),
     copts = [
+        "-std=c++17",
         "-DNDEBUG",
         "-fno-strict-aliasing",
     ],

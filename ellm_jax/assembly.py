@@ -101,9 +101,7 @@ def assemble(
 
     smallest_need_bytes = compiler.need_bytes(1, 1)
     workspace = runner.state_bytes(runner.state_rows)
-    missing = (
-        weights + workspace + smallest_need_bytes + layout.chunk_bytes - limit_bytes
-    )
+    missing = weights + workspace + smallest_need_bytes + layout.chunk_bytes - limit_bytes
     if missing > 0:
         compiler.close()
         raise MemoryError(
@@ -120,7 +118,5 @@ def assemble(
         config.max_num_seqs,
         max(config.max_batch_tokens, config.max_num_seqs),
     )
-    loop = HostLoop(
-        runner, compiler, ledger, scheduler, on_token, on_finish, config.max_num_seqs
-    )
+    loop = HostLoop(runner, compiler, ledger, scheduler, on_token, on_finish, config.max_num_seqs)
     return Assembly(loop, model_config, dtype, max_model_len, smallest_need_bytes)

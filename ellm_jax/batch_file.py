@@ -62,7 +62,7 @@ LINE_START = '{"id": "batch_req_'
 """What every line of the output begins with."""
 
 
-class BadLine(ValueError):  # noqa: N818  # named after what the caller has in hand
+class BadLine(ValueError):  # named after what the caller has in hand
     """A line of the input that cannot be run.
 
     Attributes:

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from ellm_jax import _native
 from ellm_jax.assembly import TINY_MODEL, Assembly, assemble
 from ellm_jax.config import EngineConfig
-from ellm_jax.host_loop import LoopStats
 from ellm_jax.intake import Group, Intake, Prompt, is_single
+from ellm_jax.loop_stats import LoopStats
 from ellm_jax.memory.report import MemoryReport
 from ellm_jax.outputs import RequestOutput
 from ellm_jax.request import Request, Status
@@ -29,7 +29,7 @@ from ellm_jax.tokenizer import Tokenizer, TokenizerMissing
 _Listener = Callable[[Group], None]
 
 
-class EngineClosed(RuntimeError):  # noqa: N818  # a state, not only an error
+class EngineClosed(RuntimeError):  # a state, not only an error
     """The engine was closed, or has failed; its message says which."""
 
 
@@ -278,7 +278,9 @@ class Engine:
     def _next_id(self) -> str:
         return f"request-{next(self._ids)}"
 
-    def _group(self, prompt: Prompt, params: SamplingParams | None, request_id: str | None) -> Group:
+    def _group(
+        self, prompt: Prompt, params: SamplingParams | None, request_id: str | None
+    ) -> Group:
         group_id = request_id or self._next_id()
         if group_id in self._by_id:
             raise ValueError(

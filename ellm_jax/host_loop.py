@@ -11,52 +11,31 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from ellm_jax._native import OutOfMemory
+from ellm_jax.loop_stats import LoopStats
 from ellm_jax.memory.ledger import Lease, Ledger
-from ellm_jax.outputs import FinishReason, TokenLogprobs
+from ellm_jax.outputs import FinishReason
 from ellm_jax.request import Request, Status
 from ellm_jax.runtime.batch import Span
 from ellm_jax.runtime.compiler import StepCompiler
 from ellm_jax.runtime.runner import Runner, StepFailed, StepKey
-from ellm_jax.runtime.sampler import Logprobs, SamplingInputs, state_row
+from ellm_jax.runtime.sampler import state_row
 from ellm_jax.runtime.step import StepMode, StepResult
-from ellm_jax.scheduler.batching import MemoryPressure, Plan, Scheduler, Share
+from ellm_jax.scheduler.batching import MemoryPressure, Plan, Scheduler
+from ellm_jax.step_io import (
+    prompt_targets,
+    sampling_inputs,
+    take_prompt_logprobs,
+    token_logprobs,
+)
 
 # How often a request is tried again after a step with it failed, or after the system refused the
 # memory for it, before it is given up.
 _MAX_FAILURES = 3
-
-
-@dataclass
-class LoopStats:
-    """Where the loop's time went, and what it saw; seconds and counts since the last reset.
-
-    Attributes:
-        plan_s: planning steps and packing their inputs, without mapping.
-        map_s: reserving memory: mapping and unmapping chunks.
-        dispatch_s: in the jitted call.
-        wait_s: waiting for the device.
-        settle_s: handing tokens out, text and stop checks included.
-        compile_s: compiling steps that no compiled one could stand for.
-        steps: steps settled.
-        peak_running: most requests that ran at once.
-        preemptions: how often a request lost its memory.
-    """
-
-    plan_s: float = 0.0
-    map_s: float = 0.0
-    dispatch_s: float = 0.0
-    wait_s: float = 0.0
-    settle_s: float = 0.0
-    compile_s: float = 0.0
-    steps: int = 0
-    peak_running: int = 0
-    preemptions: int = 0
 
 
 @dataclass(eq=False)
@@ -236,8 +215,8 @@ class HostLoop:
                 end = share.begin + share.count
                 tokens = request.tokens(share.begin, end)
                 spans.append(Span(_slot(request), share.begin, tokens, share.samples))
-            sampling = _sampling_inputs(plan.shares, key.shape.seqs)
-            targets = _prompt_targets(plan.shares) if key.mode.prompt_logprobs else None
+            sampling = sampling_inputs(plan.shares, key.shape.seqs)
+            targets = prompt_targets(plan.shares) if key.mode.prompt_logprobs else None
         with self._timed("dispatch_s"):
             result = self.runner.dispatch(key, spans, sampling, targets)
         for share in plan.shares:
@@ -268,7 +247,7 @@ class HostLoop:
                 self._steps_of[request] -= 1
                 if request.status is not Status.FINISHED:
                     if result.prompt_logprobs is not None:
-                        _take_prompt_logprobs(share, result.prompt_logprobs, row)
+                        take_prompt_logprobs(share, result.prompt_logprobs, row)
                     if share.samples:
                         request.in_flight -= 1
                         self._take_token(request, result, sample, now)
@@ -287,7 +266,7 @@ class HostLoop:
         request.output_ids.append(token)
         if request.params.logprobs is not None and result.logprobs is not None:
             count = request.params.logprobs
-            request.logprobs.append(_token_logprobs(token, result.logprobs, sample, count))
+            request.logprobs.append(token_logprobs(token, result.logprobs, sample, count))
         if token in request.stop_ids and len(request.output_ids) > request.params.min_tokens:
             if token in (request.params.stop_token_ids or ()):
                 request.stop_reason = token
@@ -361,22 +340,8 @@ class HostLoop:
             self._state_rows.append(request.state_row)
             request.state_row = 0
 
-    def _timed(self, name: str) -> _Timer:
-        return _Timer(self.stats, name)
-
-
-class _Timer:
-    """Adds the time of a with-block to one field of the statistics."""
-
-    def __init__(self, stats: LoopStats, name: str):
-        self._stats, self._name = stats, name
-
-    def __enter__(self) -> None:
-        self._begin = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        spent = time.perf_counter() - self._begin
-        setattr(self._stats, self._name, getattr(self._stats, self._name) + spent)
+    def _timed(self, field_name: str) -> AbstractContextManager[None]:
+        return self.stats.timed(field_name)
 
 
 def _slot(request: Request) -> int:
@@ -386,71 +351,3 @@ def _slot(request: Request) -> int:
 
 def _rows(plan: Plan) -> int:
     return sum(share.count for share in plan.shares)
-
-
-def _sampling_inputs(shares: Sequence[Share], seqs: int) -> SamplingInputs | None:
-    """Host arrays for the sampled rows; None when all are greedy and stateless."""
-    requests = [share.request for share in shares if share.samples]
-    if all(r.params.greedy and not r.state_row for r in requests):
-        return None
-    params = [r.params for r in requests]
-    padding = [0] * (seqs - len(requests))
-    # The noise of a token depends on its index, that of the one in flight included.
-    positions = [len(r.output_ids) + r.in_flight for r in requests]
-    minimum = zip(positions, params, strict=True)
-
-    def floats(values: list[float], off: float) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-        return np.array(values + [off] * len(padding), np.float32)
-
-    def ints(values: list[int]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-        return np.array(values + padding, np.int32)
-
-    return SamplingInputs(
-        temperature=floats([p.temperature for p in params], 0.0),
-        top_k=ints([max(0, p.top_k) for p in params]),
-        top_p=floats([p.top_p for p in params], 1.0),
-        min_p=floats([p.min_p for p in params], 0.0),
-        repetition=floats([p.repetition_penalty for p in params], 1.0),
-        presence=floats([p.presence_penalty for p in params], 0.0),
-        frequency=floats([p.frequency_penalty for p in params], 0.0),
-        seed=np.array([r.seed for r in requests] + padding, np.uint32),
-        position=ints(positions),
-        row=ints([r.state_row for r in requests]),
-        suppress_stop=ints([int(at < p.min_tokens) for at, p in minimum]),
-    )
-
-
-def _prompt_targets(shares: Sequence[Share]) -> list[int]:
-    """The prompt token that follows each row, 0 where none does."""
-    targets: list[int] = []
-    for share in shares:
-        prompt = share.request.prompt_ids
-        after = list(prompt[share.begin + 1 : share.begin + 1 + share.count])
-        targets += after + [0] * (share.count - len(after))
-    return targets
-
-
-def _take_prompt_logprobs(share: Share, logprobs: Logprobs, row: int) -> None:
-    request = share.request
-    if not request.wants_prompt_logprobs:
-        return
-    if not request.prompt_logprobs:
-        request.prompt_logprobs.append(None)
-    count = request.params.prompt_logprobs or 0
-    for i in range(share.count):
-        target = share.begin + i + 1
-        # A request that was preempted computes rows again whose values it has.
-        if target == len(request.prompt_logprobs) and target < len(request.prompt_ids):
-            entry = _token_logprobs(request.prompt_ids[target], logprobs, row + i, count)
-            request.prompt_logprobs.append(entry)
-
-
-def _token_logprobs(token: int, logprobs: Logprobs, row: int, count: int) -> TokenLogprobs:
-    ids, values = logprobs.top_ids[row, :count].tolist(), logprobs.top[row, :count].tolist()
-    return TokenLogprobs(
-        token_id=token,
-        logprob=float(logprobs.chosen[row]),
-        rank=int(logprobs.rank[row]),
-        top=tuple(zip(ids, values, strict=True)),
-    )
-

@@ -21,7 +21,7 @@ _CONTEXT_TOKENS = 4
 """Prompt tokens a stream starts from. Decoders look at most one word back (a leading space)."""
 
 
-class TokenizerMissing(FileNotFoundError):  # noqa: N818  # it may be expected: token ids only
+class TokenizerMissing(FileNotFoundError):  # it may be expected: token ids only
     """The directory has no tokenizer; requests by token ids work without one."""
 
 

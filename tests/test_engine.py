@@ -27,7 +27,7 @@ def random_requests(seed, count, prompt, output):
 
 @pytest.mark.parametrize("name", sorted(hf_checkpoints.CASES))
 def test_parity_with_transformers(name, tiny_checkpoint, make_engine):
-    """Greedy tokens equal and logprobs within 1e-4, prompts of mixed lengths prefilled in chunks."""
+    """Greedy tokens equal, logprobs within 1e-4; prompts of mixed lengths, prefilled in chunks."""
     engine = make_engine(tiny_checkpoint(name), max_batch_tokens=32, max_num_seqs=4)
     expected = hf_checkpoints.expectations(name)
     assert any(len(e.prompt) > 64 for e in expected), "no prompt needs several chunks"
@@ -52,7 +52,8 @@ def test_many_requests_through_a_small_pool_answer_as_each_alone(tiny_checkpoint
     alone = make_engine(path, device_memory="256MiB", max_num_seqs=64, max_batch_tokens=256)
     for (prompt, count), output in zip(requests, outputs, strict=True):
         assert len(output.token_ids) == count
-        assert alone.generate(prompt, greedy(count))[0].token_ids == output.token_ids, f"seed {seed}"
+        expected = alone.generate(prompt, greedy(count))[0].token_ids
+        assert output.token_ids == expected, f"seed {seed}"
     report = small.memory()
     assert report.kv_bytes == report.activation_bytes == 0
     assert sum(report.by_owner().values()) == report.limit_bytes

@@ -27,7 +27,7 @@ def default_cache_directory() -> pathlib.Path:
 def use_compilation_cache(directory: str | None) -> None:
     """Keeps compiled steps in `directory` between runs; None: in the user's cache directory; "":
     nowhere. A cache that the process has set up for JAX already is left as it is."""
-    if directory == "" or (directory is None and jax.config.jax_compilation_cache_dir):
+    if directory == "" or (directory is None and jax.config.values["jax_compilation_cache_dir"]):
         return
     directory = directory or str(default_cache_directory())
     jax.config.update("jax_compilation_cache_dir", directory)

@@ -22,4 +22,4 @@ def step_need_bytes(compiled: jax.stages.Compiled, config: ModelConfig, shape: S
     results = max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes)
     widest = max(config.hidden_size, config.intermediate_size, config.q_size)
     widened = 4 * shape.rows * (widest + 16)
-    return int(stats.temp_size_in_bytes) + results + widened + _SLACK_BYTES
+    return int(stats.temp_size_in_bytes + results + widened + _SLACK_BYTES)

@@ -127,7 +127,7 @@ class NativeOps:
     """`ModelOps` over the custom calls, for one packed step."""
 
     def __init__(self, meta: jax.Array, rows: jax.Array):
-        """Takes the packed step (`i32[M]`) and how many rows of its tokens are in use (`i32[1]`)."""
+        """Takes the packed step (`i32[M]`) and its token rows in use (`i32[1]`)."""
         self._meta = meta
         self._rows = rows
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -120,7 +121,7 @@ class Runner:
         The step has to be compiled, and the KV of its spans mapped.
         """
         step = self._steps[key]
-        meta = step.layout.pack(self._kv_id, spans, sampling, targets)
+        meta: Any = step.layout.pack(self._kv_id, spans, sampling, targets)
         result, self._carry, self._state = step.call(self._weights, meta, self._carry, self._state)
         return result
 
@@ -131,7 +132,8 @@ class Runner:
             StepFailed: the step ended with an error. The order of later steps is restored.
         """
         try:
-            return jax.tree.map(np.asarray, result)
+            host: StepResult = jax.tree.map(np.asarray, result)
+            return host
         except jax.errors.JaxRuntimeError as error:
             self.recover()
             raise StepFailed(str(error)) from error

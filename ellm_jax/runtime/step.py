@@ -112,4 +112,4 @@ def _prompt_logprobs(
         return sampler.logprobs(model.logits(hidden, ops), targets, MAX_LOGPROBS)
 
     blocks = lax.map(block, (hidden.reshape(-1, rows, hidden.shape[-1]), targets.reshape(-1, rows)))
-    return jax.tree.map(lambda x: x.reshape(hidden.shape[0], *x.shape[2:]), blocks)
+    return Logprobs(*(x.reshape(hidden.shape[0], *x.shape[2:]) for x in blocks))

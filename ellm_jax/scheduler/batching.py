@@ -136,10 +136,11 @@ class Scheduler:
             request = self.waiting[0]
             if not self._admissible(request, chunks, rows, len(shares) + 1, free):
                 break
-            if not self._admit(request):
+            slot = self._admit(request)
+            if slot is None:
                 break
             # What is mapped in its slot was free and is its own now.
-            free -= self._ledger.kv.mapped_bytes(request.slot)
+            free -= self._ledger.kv.mapped_bytes(slot)
             count = self._largest_chunk(request, rows, len(shares) + 1, missing, fits)
             if count == 0:
                 break
@@ -195,19 +196,19 @@ class Scheduler:
             smallest = below
         return True
 
-    def _admit(self, request: Request) -> bool:
-        """Gives the request a slot; False when steps in flight still hold the last one."""
+    def _admit(self, request: Request) -> int | None:
+        """Gives the request a slot; None when steps in flight still hold the last one."""
         kv = self._ledger.kv
         try:
             slot = kv.take_slot(request.num_tokens + 1)
         except OutOfMemory:
-            return False
+            return None
         kv.truncate(slot, request.max_total_tokens)
         request.slot = slot
         request.status = Status.RUNNING
         self.waiting.popleft()
         self.running.append(request)
-        return True
+        return slot
 
     def trim_running(self) -> bool:
         """Unmaps what slots hold beyond their request's tokens, left from requests before; True if

@@ -11,14 +11,22 @@ namespace ellm::ELLM_ISA {
 // Tokens whose scores are held at once; a tile is one or more blocks.
 constexpr int64_t kBlock = 64;
 constexpr float kMinusInfinity = -__builtin_inff();
+// Up to this many rows bfloat16 K and V are widened as they are read; for more, once beforehand.
+constexpr int64_t kRowsInPlace = 4;
 
 static int64_t acc_stride(int64_t head_dim) { return round_up(head_dim, kLanes); }
 
 static int64_t attend_scratch_floats(const AttentionArgs& a, int64_t rows) {
   const int64_t stride = acc_stride(a.kv.head_dim);
-  // q, acc and total of every row; maximum and sum twice; scores; K and V of a block.
-  return rows * (3 * stride + 4 + kBlock) + 2 * kBlock * stride + 8 * kLanes;
+  // q, acc and total of every row; maximum and sum twice; what it sees; scores; K and V of a block.
+  return rows * (3 * stride + 4 + 2 + kBlock) + 2 * kBlock * stride;
 }
+
+// Tokens of a block that a row sees, relative to the block; none where low >= high.
+struct Seen {
+  int32_t low;
+  int32_t high;
+};
 
 struct Workspace {
   float* q;      // [rows, stride], scaled
@@ -27,6 +35,7 @@ struct Workspace {
   float* v;      // [kBlock, stride]
   SoftmaxState part;
   SoftmaxState total;
+  Seen* seen;  // [rows], of the block at hand
 };
 
 static Workspace carve(const AttentionArgs& a, int64_t rows, float* scratch) {
@@ -42,6 +51,7 @@ static Workspace carve(const AttentionArgs& a, int64_t rows, float* scratch) {
   w.part.sum = w.part.max + rows;
   w.total.max = w.part.sum + rows;
   w.total.sum = w.total.max + rows;
+  w.seen = reinterpret_cast<Seen*>(w.total.sum + rows);
   return w;
 }
 
@@ -76,8 +86,8 @@ static inline float exp_one(float x) { return exp(splat(x))[0]; }
 }
 
 // scores[r, j] = q[r] . k[j] for MR rows and `tokens` tokens, a multiple of kLanes.
-template <int MR>
-static inline void score_rows(const float* q, const float* k, int64_t stride, int64_t tokens,
+template <int MR, class T>
+static inline void score_rows(const float* q, const T* k, int64_t stride, int64_t tokens,
                               float* scores) {
   constexpr int NR = kLanes / MR;
   for (int64_t j = 0; j < tokens; j += NR) {
@@ -97,10 +107,10 @@ static inline void score_rows(const float* q, const float* k, int64_t stride, in
 }
 
 // acc[r] += sum_j p[r, j] * v[j] for MR rows and j in [begin, end), ascending.
-template <int MR>
-static inline void weigh_rows(const float* p, const float* v, int64_t v_stride, int64_t begin,
+template <int MR, class T>
+static inline void weigh_rows(const float* p, const T* v, int64_t v_stride, int64_t begin,
                               int64_t end, float* acc, int64_t acc_row) {
-  constexpr int NV = 16 / MR > 4 ? 4 : 16 / MR;
+  constexpr int NV = kLanes == 16 || MR == 1 ? 4 : 2;  // accumulators that fit the register file
   for (int64_t d = 0; d < acc_row; d += NV * kLanes) {
     const int64_t vectors = min_of(NV, (acc_row - d) / kLanes);
     if (vectors == NV) {
@@ -131,14 +141,38 @@ static inline void weigh_rows(const float* p, const float* v, int64_t v_stride, 
   }
 }
 
-// Turns a row's raw scores into weights: tokens outside [low, high) weigh exactly nothing,
-// whatever their memory holds.
-static inline void softmax_row(const AttentionArgs& a, float* scores, int64_t tokens, int64_t low,
-                               int64_t high, float* max, float* sum, float* acc, int64_t stride) {
-  if (low >= high) {
-    std::memset(scores, 0, tokens * sizeof(float));
-    return;
+// weigh_rows for MR rows that each see their own tokens and read no others: 0 * v would be NaN
+// where v is not finite.
+template <int MR, class T>
+static inline void weigh_seen(const Seen* seen, const float* p, const T* v, float* acc,
+                              int64_t stride) {
+  int64_t low = seen[0].low;  // what all rows see; the rest, left and right of it, row by row
+  int64_t high = seen[0].high;
+  for (int m = 1; m < MR; ++m) {
+    low = max_of(low, seen[m].low);
+    high = min_of(high, seen[m].high);
   }
+  high = max_of(low, high);
+  for (int m = 0; m < MR; ++m) {
+    const int64_t end = min_of(low, seen[m].high);
+    if (seen[m].low < end) {
+      weigh_rows<1>(p + m * kBlock, v, stride, seen[m].low, end, acc + m * stride, stride);
+    }
+  }
+  if (low < high) weigh_rows<MR>(p, v, stride, low, high, acc, stride);
+  for (int m = 0; m < MR; ++m) {
+    const int64_t begin = max_of(high, seen[m].low);
+    if (begin < seen[m].high) {
+      weigh_rows<1>(p + m * kBlock, v, stride, begin, seen[m].high, acc + m * stride, stride);
+    }
+  }
+}
+
+// Turns a row's raw scores into weights: tokens it does not see weigh exactly nothing, whatever
+// their memory holds.
+static inline void softmax_row(const AttentionArgs& a, float* scores, int64_t tokens, Seen row,
+                               float* max, float* sum, float* acc, int64_t stride) {
+  if (row.low >= row.high) return;
   const IVec lanes = lane_ids();
   const Vec minus_infinity = splat(kMinusInfinity);
   Vec high_score = minus_infinity;
@@ -146,13 +180,12 @@ static inline void softmax_row(const AttentionArgs& a, float* scores, int64_t to
     Vec s = load(scores + j);
     if (a.soft_cap > 0.0f) s = a.soft_cap * tanh(s / a.soft_cap);
     const IVec token = lanes + static_cast<int32_t>(j);
-    const IVec seen = (token >= static_cast<int32_t>(low)) & (token < static_cast<int32_t>(high));
+    const IVec seen = (token >= row.low) & (token < row.high);
     s = select(seen, s, minus_infinity);
     store(scores + j, s);
     high_score = vmax(s, high_score);
   }
-  float block_max = high_score[0];
-  for (int i = 1; i < kLanes; ++i) block_max = high_score[i] > block_max ? high_score[i] : block_max;
+  const float block_max = largest(high_score);
   const float new_max = block_max > *max ? block_max : *max;
   Vec weights = {};
   for (int64_t j = 0; j < tokens; j += kLanes) {
@@ -160,10 +193,13 @@ static inline void softmax_row(const AttentionArgs& a, float* scores, int64_t to
     store(scores + j, p);
     weights += p;
   }
-  const float keep = exp_one(*max - new_max);
+  float keep = 1.0f;  // what exp gives for 0: leaving the accumulators alone is the same
+  if (new_max != *max) {
+    keep = exp_one(*max - new_max);
+    for (int64_t d = 0; d < stride; d += kLanes) store(acc + d, load(acc + d) * keep);
+  }
   *sum = *sum * keep + ellm::ELLM_ISA::sum(weights);
   *max = new_max;
-  for (int64_t d = 0; d < stride; d += kLanes) store(acc + d, load(acc + d) * keep);
 }
 
 // Copies `tokens` rows of K or V to float32 rows of `stride` floats, zeros behind each, and zero
@@ -176,9 +212,9 @@ static inline const float* copy_rows(const T* from, int64_t tokens, int64_t padd
   return to;
 }
 
-// The rows themselves where they can be read in place.
-static inline const float* whole_rows(const float* from) { return from; }
-static inline const float* whole_rows(const uint16_t*) { return nullptr; }
+static inline void prefetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
+}
 
 template <class T>
 static void load_queries(const AttentionArgs& a, const AttentionUnit& u, float* q) {
@@ -213,6 +249,31 @@ static void write_rows(const AttentionArgs& a, const AttentionUnit& u, const Sof
   }
 }
 
+// Adds a block of tokens, `padded` rows of k, to the rows' state.
+template <class T>
+static inline void attend_block(const AttentionArgs& a, const Workspace& w, int64_t rows,
+                                const T* k, const T* v, int64_t padded) {
+  const int64_t stride = acc_stride(a.kv.head_dim);
+  constexpr int MR = kLanes == 16 ? 4 : 2;
+  int64_t r = 0;
+  for (; r + MR <= rows; r += MR) {
+    score_rows<MR>(w.q + r * stride, k, stride, padded, w.scores + r * kBlock);
+  }
+  for (; r < rows; ++r) {
+    score_rows<1>(w.q + r * stride, k, stride, padded, w.scores + r * kBlock);
+  }
+  for (r = 0; r < rows; ++r) {
+    softmax_row(a, w.scores + r * kBlock, padded, w.seen[r], w.part.max + r, w.part.sum + r,
+                w.part.acc + r * stride, stride);
+  }
+  for (r = 0; r + 4 <= rows; r += 4) {
+    weigh_seen<4>(w.seen + r, w.scores + r * kBlock, v, w.part.acc + r * stride, stride);
+  }
+  for (; r < rows; ++r) {
+    weigh_seen<1>(w.seen + r, w.scores + r * kBlock, v, w.part.acc + r * stride, stride);
+  }
+}
+
 // Adds the tokens [from, to) of one part, all inside tiles of the slot, to the rows' state.
 template <class T>
 static void attend_tokens(const AttentionArgs& a, const AttentionUnit& u, int64_t from, int64_t to,
@@ -236,35 +297,22 @@ static void attend_tokens(const AttentionArgs& a, const AttentionUnit& u, int64_
       const int64_t padded = round_up(tokens, kLanes);
       const T* k = reinterpret_cast<const T*>(head_k) + block * a.kv.head_dim;
       const T* v = reinterpret_cast<const T*>(head_v) + block * a.kv.head_dim;
-      // Reading K in place goes up to padded rows, past the tile's end by fewer than kLanes: that
-      // is V of the same chunk, whose scores softmax_row drops.
-      const bool in_place = a.kv.head_dim == stride && whole_rows(k);
-      const float* kf = in_place ? whole_rows(k)
-                                 : copy_rows(k, tokens, padded, a.kv.head_dim, stride, w.k);
-      const float* vf = in_place ? whole_rows(v)
-                                 : copy_rows(v, tokens, tokens, a.kv.head_dim, stride, w.v);
-
-      int64_t r = 0;
-      constexpr int MR = kLanes == 16 ? 4 : 2;
-      for (; r + MR <= rows; r += MR) {
-        score_rows<MR>(w.q + r * stride, kf, stride, padded, w.scores + r * kBlock);
-      }
-      for (; r < rows; ++r) {
-        score_rows<1>(w.q + r * stride, kf, stride, padded, w.scores + r * kBlock);
-      }
-      for (r = 0; r < rows; ++r) {
+      const int64_t ahead = end == to ? 0 : a.kv.chunk_bytes / static_cast<int64_t>(sizeof(T));
+      for (int64_t r = 0; r < rows; ++r) {
         const int64_t position = first_position + r / group;
         const int64_t first_seen = a.window > 0 ? max_of(0, position + 1 - a.window) : 0;
-        softmax_row(a, w.scores + r * kBlock, padded, max_of(first_seen, from) - begin,
-                    min_of(position + 1, end) - begin, w.part.max + r, w.part.sum + r,
-                    w.part.acc + r * stride, stride);
+        w.seen[r] = {static_cast<int32_t>(max_of(first_seen, from) - begin),
+                     static_cast<int32_t>(min_of(position + 1, end) - begin)};
       }
-      r = 0;
-      for (; r + 4 <= rows; r += 4) {
-        weigh_seen<4>(&seen[r], w.scores + r * kBlock, vf, w.part.acc + r * stride, stride);
-      }
-      for (; r < rows; ++r) {
-        weigh_seen<1>(&seen[r], w.scores + r * kBlock, vf, w.part.acc + r * stride, stride);
+      // Reading K in place goes up to padded rows, past the tile's end by fewer than kLanes: that
+      // is V of the same chunk, whose scores softmax_row drops.
+      if (a.kv.head_dim == stride && (sizeof(T) == sizeof(float) || rows <= kRowsInPlace)) {
+        prefetch(k + ahead, tokens * a.kv.head_dim * sizeof(T));
+        prefetch(v + ahead, tokens * a.kv.head_dim * sizeof(T));
+        attend_block(a, w, rows, k, v, padded);
+      } else {
+        attend_block(a, w, rows, copy_rows(k, tokens, padded, a.kv.head_dim, stride, w.k),
+                     copy_rows(v, tokens, tokens, a.kv.head_dim, stride, w.v), padded);
       }
     }
   }

@@ -133,6 +133,18 @@ static inline float sum(Vec v) {
   return v[0];
 }
 
+// The largest lane; no lane may be NaN.
+static inline float largest(Vec v) {
+#if defined(__AVX512F__)
+  v = vmax(v, exchange<8>(v));
+#endif
+#if defined(__AVX2__)
+  v = vmax(v, exchange<4>(v));
+#endif
+  v = vmax(v, exchange<2>(v));
+  return vmax(v, exchange<1>(v))[0];
+}
+
 // e^x to about 1 ulp; 0 below -87.3, which includes minus infinity; NaN stays NaN.
 static inline Vec exp(Vec x) {
   const Vec clamped = vmax(splat(-87.4f), vmin(splat(88.3f), x));
