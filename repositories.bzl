@@ -40,6 +40,7 @@ def offline_repositories():
             "cc_binary",
             "cc_library",
             "cc_proto_library",
+            "cc_test",
             "cc_toolchain",
             "cc_toolchain_suite",
             "objc_library",

@@ -26,6 +26,8 @@ from ellm_jax.scheduler.batching import Scheduler
 TINY_MODEL = pathlib.Path(__file__).parent / "tiny"
 """The model in the package."""
 
+_STATE_SHARE = 1 / 64
+
 
 @dataclass(frozen=True)
 class Assembly:
@@ -91,6 +93,10 @@ def assemble(
     use_compilation_cache(config.compilation_cache)
     model, _ = load_model(path, dtype=dtype, progress=config.progress)
     runner = Runner(model, model_config, kv.id, config.max_num_seqs)
+    # Rows for all requests from the start where they cost little: growing them compiles anew.
+    state_rows = config.max_num_seqs + 1
+    if runner.state_bytes(state_rows) <= limit_bytes * _STATE_SHARE:
+        runner.grow_state(state_rows)
     del model
     gc.collect()
     ledger = Ledger(pool, kv)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import itertools
+import logging
 import pathlib
 import queue
 import threading
@@ -27,6 +29,7 @@ from ellm_jax.sampling import SamplingParams
 from ellm_jax.tokenizer import Tokenizer, TokenizerMissing
 
 _Listener = Callable[[Group], None]
+_log = logging.getLogger(__name__)
 
 
 class EngineClosed(RuntimeError):  # a state, not only an error
@@ -48,27 +51,30 @@ class Engine:
     def __init__(self, path: str | pathlib.Path, config: EngineConfig):
         """Use `from_pretrained`."""
         self.config = config
-        self._groups: dict[Request, tuple[Group, _Listener]] = {}
+        self._listeners: dict[Group, _Listener] = {}
         self._by_id: dict[str, Group] = {}
-        self._changed: dict[Group, _Listener] = {}
+        self._group_of: dict[Request, Group] = {}
+        self._changed: dict[Group, None] = {}
         self._wake = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
         self._closing = False
         self._failure: BaseException | None = None
         self._ids = itertools.count()
 
+        try:
+            self.tokenizer: Tokenizer | None = Tokenizer.from_dir(path)
+        except TokenizerMissing:
+            self.tokenizer = None
         assembly = assemble(path, config, self._on_token, self._on_finish)
         self._loop = assembly.loop
         self.model_config = assembly.model_config
         self.dtype = assembly.dtype
         self.max_model_len = assembly.max_model_len
-        try:
-            self.tokenizer: Tokenizer | None = Tokenizer.from_dir(path)
-        except TokenizerMissing:
-            self.tokenizer = None
         self._intake = self._make_intake(assembly)
         self._thread = threading.Thread(target=self._run, name="ellm-engine", daemon=True)
         self._thread.start()
+        # A thread inside XLA while the interpreter goes away would take the process down.
+        atexit.register(self.close)
 
     @classmethod
     def from_pretrained(
@@ -123,7 +129,7 @@ class Engine:
             self._intake.group(prompt, each, self._next_id(), now)
             for prompt, each in zip(several, _one_each(params, len(several)), strict=True)
         ]
-        finished: queue.SimpleQueue[Group | None] = queue.SimpleQueue()
+        finished: queue.SimpleQueue[Group] = queue.SimpleQueue()
 
         def listen(group: Group) -> None:
             if group.finished:
@@ -151,16 +157,17 @@ class Engine:
     ) -> Iterator[RequestOutput]:
         """Completes one prompt and yields everything so far whenever there is more.
 
-        What a slow reader misses is part of the next output. Leaving the loop aborts the request.
+        It starts when the first output is asked for. What a slow reader misses is part of the next
+        output. Leaving the loop aborts the request.
 
         Raises:
             As `generate`; at the call, not at the first output.
         """
         group = self._group(prompt, params, request_id)
-        changed: queue.SimpleQueue[Group | None] = queue.SimpleQueue()
-        self._submit(group, changed.put)
+        changed: queue.SimpleQueue[Group] = queue.SimpleQueue()
 
         def outputs() -> Iterator[RequestOutput]:
+            self._submit(group, changed.put)
             try:
                 done = False
                 while not done:
@@ -266,6 +273,7 @@ class Engine:
             self._closing = True
             self._wake.notify()
         self._thread.join()
+        atexit.unregister(self.close)
 
     def __enter__(self) -> Engine:
         return self
@@ -283,19 +291,23 @@ class Engine:
     ) -> Group:
         group_id = request_id or self._next_id()
         if group_id in self._by_id:
-            raise ValueError(
-                f"request id {group_id!r} is in use by a request that runs; choose another"
-            )
+            raise ValueError(_in_use(group_id))
         return self._intake.group(prompt, params or SamplingParams(), group_id, time.monotonic())
 
     def _submit(self, group: Group, listener: _Listener) -> None:
         def submit() -> None:
-            self._by_id[group.id] = group
             for request in group.requests:
-                self._groups[request] = (group, listener)
                 self._loop.submit(request)
 
-        self._command(submit)
+        with self._wake:
+            self._check_open()
+            if group.id in self._by_id:
+                raise ValueError(_in_use(group.id))
+            self._by_id[group.id] = group
+            self._listeners[group] = listener
+            self._group_of |= dict.fromkeys(group.requests, group)
+            self._commands.append(submit)
+            self._wake.notify()
 
     def _abort_group(self, group: Group) -> None:
         """Ends what is left of a group; does nothing if it is over or the engine is."""
@@ -313,11 +325,14 @@ class Engine:
     def _command(self, command: Callable[[], None]) -> None:
         """Has the engine's thread do something before its next step."""
         with self._wake:
-            self._raise_failure()
-            if self._closing:
-                raise EngineClosed("the engine is closed; make a new one")
+            self._check_open()
             self._commands.append(command)
             self._wake.notify()
+
+    def _check_open(self) -> None:
+        self._raise_failure()
+        if self._closing:
+            raise EngineClosed("the engine is closed; make a new one")
 
     def _call(self, function: Callable[[], Any]) -> None:
         """Has the engine's thread do something, and waits for it."""
@@ -333,11 +348,9 @@ class Engine:
         while not done.wait(timeout=1.0):
             self._raise_failure()
 
-    def _next(self, groups: queue.SimpleQueue[Group | None]) -> Group:
+    def _next(self, groups: queue.SimpleQueue[Group]) -> Group:
         group = groups.get()
-        if group is None or (self._failure is not None and not group.finished):
-            self._raise_failure()
-        assert group is not None
+        self._raise_failure()
         return group
 
     def _raise_failure(self) -> None:
@@ -349,32 +362,55 @@ class Engine:
     def _run(self) -> None:
         try:
             while self._await_work():
-                while self._commands:
-                    self._commands.popleft()()
+                self._run_commands()
                 if self._loop.busy:
                     self._loop.step()
                 self._publish()
             self._wind_up()
         except BaseException as failure:
-            self._failure = failure
-            for request, (group, listener) in list(self._groups.items()):
-                request.error = f"the engine has failed: {failure}"
-                request.finish_reason = "error"
-                request.status = Status.FINISHED
-                listener(group)
+            self._fail(failure)
             raise
+
+    def _fail(self, failure: BaseException) -> None:
+        """Tells everybody who waits; nobody can wait afterwards."""
+        with self._wake:
+            self._failure = failure
+            listeners = dict(self._listeners)
+        for group, listener in listeners.items():
+            for request in group.requests:
+                if request.status is not Status.FINISHED:
+                    request.status = Status.FINISHED
+                    request.finish_reason = "error"
+                    request.error = f"the engine has failed: {failure}"
+            self._tell(group, listener)
+
+    def _tell(self, group: Group, listener: _Listener) -> None:
+        """Calls a listener; one that fails, such as that of an event loop that is gone, loses its
+        request and harms nobody else."""
+        try:
+            listener(group)
+        except Exception:
+            _log.warning("nobody listens to request %s any more", group.id, exc_info=True)
+            self._abort_group(group)
+
+    def _run_commands(self) -> None:
+        while self._commands:
+            self._commands.popleft()()
 
     def _await_work(self) -> bool:
         """Returns when there is something to do; False when the engine is to end. Gives unused
         memory back once nothing has come for a while."""
-        trimmed = False
+
+        def called() -> bool:
+            return bool(self._commands or self._loop.busy or self._closing)
+
         with self._wake:
-            while not (self._commands or self._loop.busy or self._closing):
-                timeout = None if trimmed else self.config.idle_trim_s
-                if not self._wake.wait(timeout) and not trimmed:
-                    self._trim()
-                    trimmed = True
-            return not self._closing
+            idle = not self._wake.wait_for(called, self.config.idle_trim_s)
+        if idle:
+            self._trim()
+            with self._wake:
+                self._wake.wait_for(called)
+        return not self._closing
 
     def _trim(self) -> None:
         if not self._loop.busy:
@@ -382,7 +418,8 @@ class Engine:
             _native.malloc_trim()
 
     def _wind_up(self) -> None:
-        for request in list(self._groups):
+        self._run_commands()
+        for request in list(self._group_of):
             self._loop.abort(request)
         self._loop.drain()
         self._publish()
@@ -392,14 +429,16 @@ class Engine:
     def _publish(self) -> None:
         """Tells every listener whose requests moved, once per step."""
         changed, self._changed = self._changed, {}
-        for group, listener in changed.items():
+        for group in changed:
+            listener = self._listeners[group]
             if group.finished:
-                self._by_id.pop(group.id, None)
-            listener(group)
+                with self._wake:
+                    del self._listeners[group], self._by_id[group.id]
+            self._tell(group, listener)
 
     def _on_token(self, request: Request) -> str | int | None:
-        group, listener = self._groups[request]
-        self._changed[group] = listener
+        group = self._group_of[request]
+        self._changed[group] = None
         text = group.texts[request]
         token = request.output_ids[-1]
         if text is None or (token in request.stop_ids and not _keeps_stop(request)):
@@ -407,11 +446,16 @@ class Engine:
         return text.push(token)
 
     def _on_finish(self, request: Request) -> None:
-        group, listener = self._groups.pop(request)
-        self._changed[group] = listener
+        with self._wake:
+            group = self._group_of.pop(request)
+        self._changed[group] = None
         text = group.texts[request]
         if text is not None and not isinstance(request.stop_reason, str):
             text.finish()
+
+
+def _in_use(group_id: str) -> str:
+    return f"request id {group_id!r} is in use by a request that runs; choose another"
 
 
 def _keeps_stop(request: Request) -> bool:

@@ -73,6 +73,9 @@ class HostLoop:
     _state_rows: list[int] = field(default_factory=list)
     _refusals: int = 0
 
+    def __post_init__(self) -> None:
+        self._state_rows = list(range(1, self.runner.state_rows))
+
     @property
     def busy(self) -> bool:
         """Whether a request waits or runs, or a step is in flight."""
@@ -312,12 +315,13 @@ class HostLoop:
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         self.scheduler.remove(request)
-        request.status = Status.FINISHED
         request.finish_reason = reason
         request.finished_s = self.clock()
         self._give_back_state_row(request)
         self._leaving.add(request)
         self.on_finish(request)
+        # Last: whoever sees it over from another thread sees all of it.
+        request.status = Status.FINISHED
         self._release_leaving()
 
     def _release_leaving(self) -> None:

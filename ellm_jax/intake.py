@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ellm_jax.config import format_bytes
 from ellm_jax.models.config import ModelConfig
 from ellm_jax.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -18,7 +21,7 @@ from ellm_jax.text import CompletionText
 from ellm_jax.tokenizer import Tokenizer
 
 Message: TypeAlias = Mapping[str, Any]
-Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
+Prompt: TypeAlias = str | Sequence[int] | NDArray[np.integer[Any]] | Sequence[Message]
 """A text, token ids, or the messages of a chat."""
 
 
@@ -154,6 +157,8 @@ class Intake:
             if not prompt:
                 raise ValueError("the prompt is empty; give at least one character or token")
             return prompt, tuple(self._need_tokenizer("a text").encode(prompt))
+        if isinstance(prompt, np.ndarray):
+            prompt = prompt.tolist()
         if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
             raise TypeError(
                 f"a prompt of type {type(prompt).__name__}; give a text, a list of token ids, or "

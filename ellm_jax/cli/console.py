@@ -13,7 +13,7 @@ STANDARD = "-"
 """The name of standard input or output among file names."""
 
 
-class Failure(Exception):  # noqa: N818  # it ends a command; some are not errors of the program
+class Failure(Exception):
     """Ends a command with a message for people.
 
     Attributes:

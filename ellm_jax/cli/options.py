@@ -165,7 +165,12 @@ def _for_terminal(text: str, default: Any) -> str:
     text = text.replace("MIN_TEMPERATURE", str(MIN_TEMPERATURE))
     text = re.sub(r"[^.]*[Kk]ept as a tuple\.", "", text)
     if default is None:
-        text = text.replace(". None: ", "; left out: ").replace("None: ", "left out: ").replace("None takes", "Left out, it takes")
+        for python, shell in (
+            (". None: ", "; left out: "),
+            ("None: ", "left out: "),
+            (". None takes", "; left out, it takes"),
+        ):
+            text = text.replace(python, shell)
     else:
         text = re.sub(r"\s*None means[^.]*\.", "", text)
     text = text.strip().removesuffix(".")

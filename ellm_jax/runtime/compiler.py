@@ -68,29 +68,37 @@ class StepCompiler:
         workers = min(4, os.cpu_count() or 1)
         with ThreadPoolExecutor(workers) as pool, self._bar(len(keys), "Compiling steps") as bar:
             jobs = {pool.submit(self._runner.compile, key): key for key in keys}
-            for job in as_completed(jobs):
-                self._needs[jobs[job]] = job.result()
-                bar.update()
+            try:
+                for job in as_completed(jobs):
+                    self._needs[jobs[job]] = job.result()
+                    bar.update()
+            except BaseException:
+                # Who interrupts waits for what is being compiled, not for what was still to come.
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def choose(self, rows: int, seqs: int, mode: StepMode) -> StepKey:
         """The step to run for so many token rows and sequences."""
-        exact = self._key(self._buckets.fit(rows, seqs), mode)
         self._collect()
+        exact = self._key(self._buckets.fit(rows, seqs), mode)
+        best = self._best(exact, rows, seqs)
+        if best not in (exact, None) and exact not in self._pending:
+            self._pending[exact] = self._background.submit(self._runner.compile, exact)
+        return best or exact
+
+    def _best(self, exact: StepKey, rows: int, seqs: int) -> StepKey | None:
+        """The smallest compiled step that does for `exact`; None where there is none."""
         if exact in self._needs:
             return exact
         covering = [
             key
             for key in self._needs
-            if key.mode == mode
+            if key.mode == exact.mode
             and key.state_rows == exact.state_rows
             and key.shape.rows >= rows
             and key.shape.seqs >= seqs
         ]
-        if not covering:
-            return exact
-        if exact not in self._pending:
-            self._pending[exact] = self._background.submit(self._runner.compile, exact)
-        return min(covering, key=lambda key: (key.shape.rows, key.shape.seqs))
+        return min(covering, key=lambda key: (key.shape.rows, key.shape.seqs), default=None)
 
     def ensure(self, key: StepKey) -> int:
         """What the step needs in bytes; compiles it first if it is not."""
@@ -102,7 +110,8 @@ class StepCompiler:
 
     def need_bytes(self, rows: int, seqs: int) -> int:
         """What a step of this size needs in whichever mode it has come to run."""
-        key = self.choose(rows, seqs, _PLAIN)
+        exact = self._key(self._buckets.fit(rows, seqs), _PLAIN)
+        key = self._best(exact, rows, seqs) or exact
         plain = self.ensure(key)
         others = (need for k, need in self._needs.items() if k.shape == key.shape)
         return max(others, default=plain)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import words
-from grammar import Scene, choose, make_character
+from grammar import Scene, choose, invented_name, make_character
 
 BOS, EOS = "<s>", "<|endoftext|>"
 USER, ASSISTANT = "<|user|>", "<|assistant|>"
@@ -98,12 +98,21 @@ class Corpus:
         self.chat = _lines("chat.txt")
         self.phrases = _lines("slots.txt")
 
-    def documents(self) -> Iterator[str]:
-        """Texts from BOS to EOS, without end."""
-        while True:
-            yield self.document()
+    def drill(self) -> str:
+        """A few words in a random order, again and again.
+
+        Only the first round is a surprise to a model that has learned to look back and copy, which
+        is what keeps names and things the same in a story. It has no BOS, so no text begins so.
+        """
+        pool = words.GIRLS + words.BOYS + words.PET_NAMES + words.ANIMALS + words.NOUNS["thing"]
+        chosen = [self.rng.choice(pool) for _ in range(self.rng.randrange(4, 24))]
+        chosen += [invented_name(self.rng) for _ in range(self.rng.randrange(3))]
+        self.rng.shuffle(chosen)
+        rounds = max(2, 80 // len(chosen))
+        return " ".join(chosen * rounds) + EOS
 
     def document(self) -> str:
+        """A text from BOS to EOS."""
         roll = self.rng.random()
         if roll < 0.62:
             body = self.story().text

@@ -32,7 +32,7 @@ from ellm_jax.models.xla_ops import XlaOps
 
 Params = dict[str, jax.Array]
 _TOKENIZER_DOCUMENTS = 20_000
-_DOCUMENTS_PER_FILL = 2_000
+_DOCUMENTS_PER_FILL = 200
 _TIMED_STEPS = 20
 
 
@@ -69,13 +69,22 @@ def rebuild(graph: nnx.GraphDef[Decoder], params: Params) -> Decoder:
     return model
 
 
-def rows(corpus: Corpus, tokenizer: Tokenizer, length: int, batch: int) -> Iterator[np.ndarray]:
-    """Endless batches `u16[batch, length + 1]` of documents packed one after the other."""
+def rows(
+    corpus: Corpus, tokenizer: Tokenizer, length: int, batch: int, drills: Callable[[], float]
+) -> Iterator[np.ndarray]:
+    """Endless batches `u16[batch, length + 1]` of documents packed one after the other.
+
+    `drills()` is the share of drills among the documents at the moment.
+    """
     need = batch * (length + 1)
     held = np.zeros(0, np.uint16)
     while True:
         while held.size < need:
-            documents = [corpus.document() for _ in range(_DOCUMENTS_PER_FILL)]
+            share = drills()
+            documents = [
+                corpus.drill() if corpus.rng.random() < share else corpus.document()
+                for _ in range(_DOCUMENTS_PER_FILL)
+            ]
             held = np.concatenate([held, encode_documents(tokenizer, documents)])
         yield held[:need].reshape(batch, length + 1)
         held = held[need:]
@@ -133,6 +142,11 @@ def schedule(done: float, peak: float) -> float:
     return peak * min(1.0, done / 0.02 + 0.01, (1.0 - done) / 0.5 + 0.005)
 
 
+def drill_share(done: float) -> float:
+    """Many copying drills at first, none in the last half."""
+    return 0.4 * min(1.0, max(0.0, (0.5 - done) / 0.3))
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the model that comes with ellm_jax.")
     how_long = parser.add_mutually_exclusive_group()
@@ -167,13 +181,14 @@ def main() -> None:
     optimizer = make_optimizer()
     state = optimizer.init(params)
     step = make_step(graph, optimizer)
-    batches = rows(Corpus(args.seed), tokenizer, args.length, args.batch)
-
-    total = args.steps or _TIMED_STEPS * 50
+    total, done = args.steps or _TIMED_STEPS * 50, 0
+    corpus = Corpus(args.seed)
+    batches = rows(
+        corpus, tokenizer, args.length, args.batch, drills=lambda: drill_share(done / total)
+    )
     started = saved = time.monotonic()
     losses: list[float] = []
     bar = tqdm(total=total, unit="step", mininterval=5.0)
-    done = 0
     while done < total:
         tokens = jnp.asarray(next(batches))
         rate = schedule(done / total, args.rate)

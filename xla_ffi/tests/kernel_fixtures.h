@@ -41,8 +41,8 @@ inline uint16_t nearest_bf16(float x) {
   if (std::isnan(x)) return below | 0x40;
   if (std::isinf(x)) return below;
   const uint16_t above = below + 1;  // away from zero; may be infinity, which stands for 2^128
-  const double far = std::isinf(from_bf16(above)) ? std::ldexp(1.0, 128)
-                                                  : std::fabs(double{from_bf16(above)});
+  const double far =
+      std::isinf(from_bf16(above)) ? std::ldexp(1.0, 128) : std::fabs(double{from_bf16(above)});
   const double up = far - std::fabs(double{x});
   const double down = std::fabs(double{x}) - std::fabs(double{from_bf16(below)});
   if (up != down) return up < down ? above : below;

@@ -14,7 +14,12 @@ struct Problem {
 
   Problem(int64_t rows, int64_t n, int64_t k, ElementType x_type, ElementType w_type,
           ElementType out_type, std::mt19937_64* random)
-      : rows(rows), n(n), k(k), x_type(x_type), w_type(w_type), out_type(out_type),
+      : rows(rows),
+        n(n),
+        k(k),
+        x_type(x_type),
+        w_type(w_type),
+        out_type(out_type),
         x(random_elements(x_type, rows * k, random)),
         w(random_elements(w_type, n * k, random)) {}
 
@@ -82,13 +87,13 @@ TEST(linear_matches_float64) {
       }
     }
     for (rows = 1; rows <= 20; ++rows) {
-      check_against_float64(*kernels, Problem(rows, 37, 83, ElementType::kFloat32,
-                                              ElementType::kFloat32, ElementType::kFloat32,
-                                              &random));
+      check_against_float64(*kernels,
+                            Problem(rows, 37, 83, ElementType::kFloat32, ElementType::kFloat32,
+                                    ElementType::kFloat32, &random));
     }
-    check_against_float64(*kernels, Problem(7, 70, 5003, ElementType::kFloat32,
-                                            ElementType::kBFloat16, ElementType::kFloat32,
-                                            &random));
+    check_against_float64(*kernels,
+                          Problem(7, 70, 5003, ElementType::kFloat32, ElementType::kBFloat16,
+                                  ElementType::kFloat32, &random));
   }
 }
 
@@ -161,8 +166,8 @@ TEST(linear_keeps_nan_and_infinity_in_their_row) {
     for (ElementType type : kTypes) {
       Problem p(11, 37, 50, type, type, type, &random);
       const Elements clean = p.run(*kernels);
-      for (float bad : {std::numeric_limits<float>::quiet_NaN(),
-                        std::numeric_limits<float>::infinity()}) {
+      for (float bad :
+           {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
         for (int64_t at : {0, 49}) {
           Problem dirty = p;
           dirty.x.set(4 * p.k + at, bad);

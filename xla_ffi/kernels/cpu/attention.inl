@@ -12,7 +12,7 @@ namespace ellm::ELLM_ISA {
 constexpr int64_t kBlock = 64;
 constexpr float kMinusInfinity = -__builtin_inff();
 // Up to this many rows bfloat16 K and V are widened as they are read; for more, once beforehand.
-constexpr int64_t kRowsInPlace = 4;
+constexpr int64_t kRowsInPlace = 8;
 
 static int64_t acc_stride(int64_t head_dim) { return round_up(head_dim, kLanes); }
 
@@ -29,10 +29,10 @@ struct Seen {
 };
 
 struct Workspace {
-  float* q;      // [rows, stride], scaled
-  float* scores; // [rows, kBlock]
-  float* k;      // [kBlock, stride]
-  float* v;      // [kBlock, stride]
+  float* q;       // [rows, stride], scaled
+  float* scores;  // [rows, kBlock]
+  float* k;       // [kBlock, stride]
+  float* v;       // [kBlock, stride]
   SoftmaxState part;
   SoftmaxState total;
   Seen* seen;  // [rows], of the block at hand
@@ -67,8 +67,8 @@ static inline float exp_one(float x) { return exp(splat(x))[0]; }
 
 // total = total merged with `part`, whose tokens come after. One copy of the code for the divided
 // and the undivided path: inlined twice, a*b + c*d may be contracted in two ways.
-[[gnu::noinline]] static void merge_into(const SoftmaxState& total, const SoftmaxState& part, int64_t rows,
-                       int64_t stride) {
+[[gnu::noinline]] static void merge_into(const SoftmaxState& total, const SoftmaxState& part,
+                                         int64_t rows, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r) {
     // The row sees no token of this part. A part of NaN scores has no maximum either, but a sum.
     if (part.sum[r] == 0.0f) continue;
@@ -213,7 +213,8 @@ static inline const float* copy_rows(const T* from, int64_t tokens, int64_t padd
 }
 
 static inline void prefetch(const void* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
+  for (int64_t i = 0; i < bytes; i += 64)
+    __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
 }
 
 template <class T>
@@ -301,7 +302,7 @@ static void attend_tokens(const AttentionArgs& a, const AttentionUnit& u, int64_
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t position = first_position + r / group;
         const int64_t first_seen = a.window > 0 ? max_of(0, position + 1 - a.window) : 0;
-        w.seen[r] = {static_cast<int32_t>(max_of(first_seen, from) - begin),
+        w.seen[r] = {static_cast<int32_t>(max_of(max_of(first_seen, from), begin) - begin),
                      static_cast<int32_t>(min_of(position + 1, end) - begin)};
       }
       // Reading K in place goes up to padded rows, past the tile's end by fewer than kLanes: that

@@ -7,9 +7,12 @@
 namespace ellm {
 
 namespace {
-// Columns a thread takes at a time: enough to be worth handing out, few enough to balance.
-constexpr int64_t kColumns = 64;
+// Columns a thread takes at a time: enough to be worth handing out, few enough to balance, and a
+// multiple of what the kernels take together.
+constexpr int64_t kColumns = 48;
+// Multiplications, and elements to widen, below which handing out costs more than it saves.
 constexpr int64_t kSerialWork = 32 * 1024;
+constexpr int64_t kSerialWiden = 64 * 1024;
 }  // namespace
 
 void linear(const Kernels& kernels, const void* x, ElementType x_type, const void* w,
@@ -30,7 +33,15 @@ void linear(const Kernels& kernels, const void* x, ElementType x_type, const voi
   } else {
     args.x_stride = (k + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
     float* wide = Scratch::floats(rows * args.x_stride);
-    kernels.to_float(x, x_type, rows, k, args.x_stride, wide);
+    const auto widen = [&](int64_t row) {
+      kernels.to_float(static_cast<const char*>(x) + row * k * element_bytes(x_type), x_type, 1, k,
+                       args.x_stride, wide + row * args.x_stride);
+    };
+    if (rows * k <= kSerialWiden) {
+      run_serially(rows, widen);
+    } else {
+      parallel(rows, widen);
+    }
     args.x = wide;
   }
   if (rows * n * k <= kSerialWork) {

@@ -4,19 +4,48 @@
 
 namespace ellm::ELLM_ISA {
 
-// Accumulators that fit the register file beside the operands.
-constexpr int kAccumulators = kLanes == 16 ? 16 : 8;
+// Rows of x that share each load of w, at most.
+constexpr int kMaxRows = kLanes == 16 ? 6 : 3;
+
+// Columns of a block of MR rows: its accumulators fill the register file beside the operands.
+constexpr int columns_for(int mr) {
+  if (kLanes == 16) return mr == 1 ? 16 : mr <= 3 ? 8 : 4;
+  return mr == 1 ? 8 : mr == 2 ? 6 : 4;
+}
+
+// Elements along k that a high panel of x takes at a time: such a piece of it stays in the level-1
+// cache while w passes. A low panel waits for w in any case, and w comes fastest in long rows.
+constexpr int64_t kDepth = 1024;
+constexpr bool in_pieces(int mr) { return 3 * mr > 2 * kMaxRows; }
+
+// Columns whose sums wait while the panel goes on along k.
+constexpr int64_t kMaxColumns = 48;
 
 // Rows of a block of w that stays in the level-2 cache while all rows of x pass it.
 constexpr int64_t kWeightBlockBytes = 256 * 1024;
 
-template <int MR, class W, class Out>
-static inline void linear_block(const float* x, int64_t x_stride, const W* w, int64_t k, int64_t n,
-                                Out* out) {
-  constexpr int NR = kAccumulators / MR;
-  Vec acc[kAccumulators] = {};
-  const int64_t full = k / kLanes * kLanes;
-  for (int64_t i = 0; i < full; i += kLanes) {
+// to[i] = sum of vectors[i], in groups of a power of two; writes up to kLanes floats more.
+template <int Count, int Group = kLanes>
+static inline void sum_all(const Vec* vectors, float* to) {
+  if constexpr (Group > Count) {
+    sum_all<Count, Group / 2>(vectors, to);
+  } else {
+    store(to, sum_strides<Group>(sum_each<Group>(vectors)));
+    if constexpr (Count > Group) sum_all<Count - Group, Group>(vectors + Group, to + Group);
+  }
+}
+
+// Adds elements [k_begin, k_end) to the sums; the last call, with k_end == k, writes them to `out`.
+// Between calls they wait in `carry`, MR * NR vectors.
+template <int MR, int NR, class W, class Out>
+static inline void linear_block(const float* x, int64_t x_stride, const W* w, int64_t k,
+                                int64_t k_begin, int64_t k_end, float* carry, int64_t n, Out* out) {
+  Vec acc[MR * NR] = {};
+  if (in_pieces(MR) && k_begin > 0) {
+    for (int i = 0; i < MR * NR; ++i) acc[i] = load(carry + i * kLanes);
+  }
+  const int64_t full = (in_pieces(MR) ? k_end : k) / kLanes * kLanes;
+  for (int64_t i = in_pieces(MR) ? k_begin : 0; i < full; i += kLanes) {
     Vec xv[MR];
     for (int m = 0; m < MR; ++m) xv[m] = load(x + m * x_stride + i);
     for (int j = 0; j < NR; ++j) {
@@ -24,14 +53,18 @@ static inline void linear_block(const float* x, int64_t x_stride, const W* w, in
       for (int m = 0; m < MR; ++m) acc[m * NR + j] += xv[m] * wv;
     }
   }
+  if (in_pieces(MR) && k_end < k) {
+    for (int i = 0; i < MR * NR; ++i) store(carry + i * kLanes, acc[i]);
+    return;
+  }
   if (full < k) {
     for (int j = 0; j < NR; ++j) {
       const Vec wv = load_part(w + j * k + full, k - full);
       for (int m = 0; m < MR; ++m) acc[m * NR + j] += load(x + m * x_stride + full) * wv;
     }
   }
-  float sums[kAccumulators];
-  for (int i = 0; i < kAccumulators; i += kLanes) store(sums + i, sum_each(acc + i));
+  float sums[MR * NR + kLanes];
+  sum_all<MR * NR>(acc, sums);
   for (int m = 0; m < MR; ++m) {
     for (int j = 0; j < NR; ++j) put(out + m * n + j, sums[m * NR + j]);
   }
@@ -49,33 +82,53 @@ static inline void linear_one(const float* x, const W* w, int64_t k, Out* out) {
 
 template <int MR, class W, class Out>
 static inline void linear_rows(const LinearArgs& a, int64_t m, int64_t n_begin, int64_t n_end) {
-  constexpr int NR = kAccumulators / MR;
+  constexpr int NR = columns_for(MR);
   const float* x = a.x + m * a.x_stride;
   const W* w = static_cast<const W*>(a.w);
   Out* out = static_cast<Out*>(a.out) + m * a.n;
-  int64_t n = n_begin;
-  for (; n + NR <= n_end; n += NR) {
-    linear_block<MR>(x, a.x_stride, w + n * a.k, a.k, a.n, out + n);
+  float carry[MR * kMaxColumns * kLanes];
+  int64_t k_begin = 0;
+  do {
+    const int64_t k_end = in_pieces(MR) ? min_of(k_begin + kDepth, a.k) : a.k;
+    float* at = carry;
+    int64_t n = n_begin;
+    for (; n + NR <= n_end; n += NR, at += MR * NR * kLanes) {
+      linear_block<MR, NR>(x, a.x_stride, w + n * a.k, a.k, k_begin, k_end, at, a.n, out + n);
+    }
+    for (; n + 4 <= n_end; n += 4, at += MR * 4 * kLanes) {
+      linear_block<MR, 4>(x, a.x_stride, w + n * a.k, a.k, k_begin, k_end, at, a.n, out + n);
+    }
+    k_begin = k_end;
+  } while (in_pieces(MR) && k_begin < a.k);
+  for (int64_t n = n_end - (n_end - n_begin) % NR % 4; n < n_end; ++n) {
+    for (int i = 0; i < MR; ++i)
+      linear_one(x + i * a.x_stride, w + n * a.k, a.k, out + i * a.n + n);
   }
-  for (; n < n_end; ++n) {
-    for (int i = 0; i < MR; ++i) linear_one(x + i * a.x_stride, w + n * a.k, a.k, out + i * a.n + n);
-  }
+}
+
+// linear_rows for `mr` rows, 1 to MR.
+template <int MR, class W, class Out>
+static inline void linear_panel(const LinearArgs& a, int64_t mr, int64_t m, int64_t n_begin,
+                                int64_t n_end) {
+  if (mr == MR) return linear_rows<MR, W, Out>(a, m, n_begin, n_end);
+  if constexpr (MR > 1) linear_panel<MR - 1, W, Out>(a, mr, m, n_begin, n_end);
 }
 
 template <class W, class Out>
 static void linear_typed(const LinearArgs& a, int64_t n_begin, int64_t n_end) {
   const int64_t row_bytes = a.k * static_cast<int64_t>(sizeof(W));
-  const int64_t step = max_of(kAccumulators, kWeightBlockBytes / row_bytes / 16 * 16);
-  constexpr int MR = kLanes == 16 ? 4 : 2;
+  // Multiples of 24 leave no columns over for any block.
+  const int64_t fitting = max_of(24, kWeightBlockBytes / row_bytes / 24 * 24);
+  const int64_t step = min_of(kMaxColumns, a.rows <= kMaxRows ? kMaxColumns : fitting);
   for (int64_t n = n_begin; n < n_end; n += step) {
     const int64_t stop = min_of(n + step, n_end);
-    int64_t m = 0;
-    for (; m + MR <= a.rows; m += MR) linear_rows<MR, W, Out>(a, m, n, stop);
-    if (MR > 2 && m + 2 <= a.rows) {
-      linear_rows<2, W, Out>(a, m, n, stop);
-      m += 2;
+    // Panels of nearly the same height: 7 rows are 4 + 3, for 6 + 1 would read w once more alone.
+    int64_t panels = (a.rows + kMaxRows - 1) / kMaxRows;
+    for (int64_t m = 0; m < a.rows; --panels) {
+      const int64_t mr = (a.rows - m + panels - 1) / panels;
+      linear_panel<kMaxRows, W, Out>(a, mr, m, n, stop);
+      m += mr;
     }
-    for (; m < a.rows; ++m) linear_rows<1, W, Out>(a, m, n, stop);
   }
 }
 

@@ -116,22 +116,17 @@ static inline Vec sum_each(const Vec* vectors) {
   }
 }
 
-static inline float sum(Vec v) {
-#if defined(__AVX512F__)
-  v = v + exchange<1>(v);
-  v = v + exchange<2>(v);
-  v = v + exchange<4>(v);
-  v = v + exchange<8>(v);
-#elif defined(__AVX2__)
-  v = v + exchange<1>(v);
-  v = v + exchange<2>(v);
-  v = v + exchange<4>(v);
-#else
-  v = v + exchange<1>(v);
-  v = v + exchange<2>(v);
-#endif
-  return v[0];
+// The remaining strides of the tree: Stride, 2 * Stride, ...
+template <int Stride>
+static inline Vec sum_strides(Vec v) {
+  if constexpr (Stride < kLanes) {
+    return sum_strides<Stride * 2>(v + exchange<Stride>(v));
+  } else {
+    return v;
+  }
 }
+
+static inline float sum(Vec v) { return sum_strides<1>(v)[0]; }
 
 // The largest lane; no lane may be NaN.
 static inline float largest(Vec v) {
