@@ -45,8 +45,7 @@ xf::Error check_spans(const KvCache& kv, const SequenceSpan* spans, const StepHe
     }
     if (s.slot < 0 || s.slot >= kv.layout().num_slots) {
       return invalid("sequence " + std::to_string(i) + " names slot " + std::to_string(s.slot) +
-                     ", the KV cache has slots 0 to " +
-                     std::to_string(kv.layout().num_slots - 1));
+                     ", the KV cache has slots 0 to " + std::to_string(kv.layout().num_slots - 1));
     }
     const int64_t end = int64_t{s.context_tokens} + s.row_count;
     const int64_t mapped = kv.mapped_tokens(s.slot);

@@ -33,9 +33,8 @@ xf::Error for_rows(xf::ThreadPool pool, xf::Buffer<xf::S32> used_tokens, int64_t
   const int64_t rows = used * per_token;
   const int64_t step = std::max<int64_t>(1, kElementsPerUnit / std::max<int64_t>(1, row_elements));
   XlaParallel parallel(pool);
-  parallel((rows + step - 1) / step, [&](int64_t unit) {
-    body(unit * step, std::min(step, rows - unit * step));
-  });
+  parallel((rows + step - 1) / step,
+           [&](int64_t unit) { body(unit * step, std::min(step, rows - unit * step)); });
   std::memset(static_cast<char*>(out) + rows * out_row_bytes, 0,
               (tokens - used) * per_token * out_row_bytes);
   return xf::Error::Success();

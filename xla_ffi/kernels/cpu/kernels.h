@@ -18,11 +18,11 @@ inline int64_t element_bytes(ElementType type) { return type == ElementType::kFl
 
 // out[m, n] = sum_k x[m, k] * w[n, k], accumulated in float32.
 struct LinearArgs {
-  const float* x;     // [rows, x_stride], zero beyond k up to x_stride
-  int64_t x_stride;   // floats, a multiple of Kernels::lanes
-  const void* w;      // [n, k] of w_type, dense
+  const float* x;    // [rows, x_stride], zero beyond k up to x_stride
+  int64_t x_stride;  // floats, a multiple of Kernels::lanes
+  const void* w;     // [n, k] of w_type, dense
   ElementType w_type;
-  void* out;          // [rows, n] of out_type, dense
+  void* out;  // [rows, n] of out_type, dense
   ElementType out_type;
   int64_t rows;
   int64_t n;
@@ -46,9 +46,9 @@ struct AttentionArgs {
   KvLayout kv;    // kv heads, head_dim and where the K and V of a token lie
   char* kv_base;  // slot 0; slot s starts s * kv.slot_bytes further on
   int64_t layer;
-  int64_t window;      // a token sees the last `window` tokens, itself included; 0: all
+  int64_t window;  // a token sees the last `window` tokens, itself included; 0: all
   float scale;
-  float soft_cap;      // cap * tanh(score / cap); 0: none
+  float soft_cap;       // cap * tanh(score / cap); 0: none
   int64_t part_tokens;  // online softmax starts afresh every part_tokens (a multiple of the tile)
 };
 
