@@ -236,3 +236,50 @@ def test_linear_rows_are_the_same_to_the_bit_in_any_batch(dtype):
         for count in (1, 2, 3, 5, 8):
             part = run(x[begin : begin + count])
             np.testing.assert_array_equal(part, whole[begin : begin + count])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(5, 64), (3, 7, 80), (40, 33), (1, 1)])
+def test_rms_norm(dtype, shape):
+    rng = np.random.default_rng(shape[-1])
+    x = rng.standard_normal((shape[0] + 2, *shape[1:])).astype(DTYPES[dtype])
+    scale = rng.standard_normal(shape[-1]).astype(DTYPES[dtype])
+    used = np.array([shape[0]], np.int32)
+    out = np.asarray(jax.jit(lambda *a: ops.rms_norm(*a, 1e-5))(x, scale, used))
+    wide = x[: shape[0]].astype(np.float64)
+    mean_square = np.square(wide).mean(axis=-1, keepdims=True)
+    want = wide / np.sqrt(mean_square + 1e-5) * scale.astype(np.float64)
+    assert relative_error(out[: shape[0]], want) < (1e-6 if dtype == "float32" else 4e-3)
+    assert not out[shape[0] :].astype(np.float32).any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("rows", "n"), [(5, 64), (40, 33), (1, 1)])
+def test_silu_mul(dtype, rows, n):
+    rng = np.random.default_rng(n)
+    x = (4 * rng.standard_normal((rows + 2, 2 * n))).astype(DTYPES[dtype])
+    x[0, 0] = -200.0 if n > 1 else 3.0
+    used = np.array([rows], np.int32)
+    out = np.asarray(jax.jit(ops.silu_mul)(x, used))
+    gate, up = np.split(x[:rows].astype(np.float64), 2, axis=-1)
+    want = gate / (1 + np.exp(-gate)) * up
+    assert relative_error(out[:rows], want) < (1e-6 if dtype == "float32" else 4e-3)
+    assert not out[rows:].astype(np.float32).any()
+
+
+@pytest.mark.parametrize("operation", ["rms_norm", "silu_mul"])
+def test_row_operations_are_the_same_to_the_bit_in_any_batch(operation):
+    """What XLA does not promise, and why these are native."""
+    rng = np.random.default_rng(9)
+    x = rng.standard_normal((64, 100)).astype(np.float32)
+    scale = rng.standard_normal(100).astype(np.float32)
+
+    def run(rows):
+        used = np.array([len(rows)], np.int32)
+        if operation == "rms_norm":
+            return np.asarray(ops.rms_norm(rows, scale, used, 1e-5))
+        return np.asarray(ops.silu_mul(rows, used))
+
+    whole = run(x)
+    for count in (1, 3, 4, 16, 31):
+        np.testing.assert_array_equal(run(x[8 : 8 + count]), whole[8 : 8 + count])

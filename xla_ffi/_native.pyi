@@ -7,7 +7,7 @@ raises has changed nothing.
 
 from collections.abc import Sequence
 
-class OutOfMemory(RuntimeError):  # noqa: N818
+class OutOfMemory(RuntimeError):
     """A limit stands in the way; waiting or freeing helps."""
 
 class Pool:
