@@ -21,6 +21,7 @@ import optax
 from checkpoint import load_model, model_config, save_model
 from corpus import Corpus
 from flax import nnx
+from initial import with_copying_heads
 from optax.contrib import MuonDimensionNumbers, muon
 from tokenizer import encode_documents, save_tokenizer, train_tokenizer
 from tokenizers import Tokenizer
@@ -143,8 +144,8 @@ def schedule(done: float, peak: float) -> float:
 
 
 def drill_share(done: float) -> float:
-    """Many copying drills at first, none in the last half."""
-    return 0.4 * min(1.0, max(0.0, (0.5 - done) / 0.3))
+    """Half of the documents at first, none after a third of the run."""
+    return 0.5 * min(1.0, max(0.0, (0.33 - done) / 0.25))
 
 
 def arguments() -> argparse.Namespace:
@@ -157,7 +158,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=8, help="rows per step")
     parser.add_argument("--length", type=int, default=288, help="tokens per row")
-    parser.add_argument("--rate", type=float, default=6e-3, help="highest learning rate")
+    parser.add_argument("--rate", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--save-minutes", type=float, default=5.0, help="between checkpoints")
     return parser.parse_args()
 
@@ -177,6 +178,8 @@ def main() -> None:
     graph, params = flat_params(Decoder(config, rngs=nnx.Rngs(args.seed)))
     if args.start:
         params = load_model(args.start)
+    else:
+        params = with_copying_heads(params, config, args.seed)
     print(f"{sum(p.size for p in params.values()) / 1e6:.2f} M parameters", flush=True)
     optimizer = make_optimizer()
     state = optimizer.init(params)
