@@ -15,7 +15,7 @@ BOS, EOS = "<s>", "<|endoftext|>"
 USER, ASSISTANT = "<|user|>", "<|assistant|>"
 STORIES_DIR = Path(__file__).parent / "stories"
 _ANYONE = ("kid", "animal", "person", "creature")
-_RELATIVES = {"family": slice(None), "parent": slice(2), "grandparent": slice(2, 4)}
+_RELATIVES = {"family": words.FAMILY, "parent": words.FAMILY[:2], "grandparent": words.FAMILY[2:4]}
 _MARKS = "?>&="
 _SENTENCE = re.compile(r"(?<=[.!?]) (?=[A-Z])|\n\n")
 
@@ -172,7 +172,7 @@ class Corpus:
             free = [e for e in words.ELDERS if not any(e[1].endswith(kind) for kind in taken)]
             scene.helper = rng.choice(free)
         elif plot.helper in _RELATIVES:
-            kind, gender = rng.choice(words.FAMILY[_RELATIVES[plot.helper]])
+            kind, gender = rng.choice(_RELATIVES[plot.helper])
             scene.helper = (f"{{his}} {kind}", f"{{his}} {kind}", gender)
         if scene.hero is not None:
             scene.slots["home"] = ("", rng.choice(words.HOMES[scene.hero.group]))

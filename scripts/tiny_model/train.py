@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -163,55 +164,63 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    args = arguments()
-    args.out.mkdir(parents=True, exist_ok=True)
+def prepare(args: argparse.Namespace) -> tuple[Tokenizer, nnx.GraphDef[Decoder], Params]:
+    """Tokenizer, structure and starting weights: new ones, or those of --start."""
     config = model_config()
-    if args.start:
-        tokenizer = Tokenizer.from_file(str(args.start / "tokenizer.json"))
-    else:
-        sample = Corpus(args.seed + 1)
-        texts = (sample.document() for _ in range(_TOKENIZER_DOCUMENTS))
-        tokenizer = train_tokenizer(texts, config.vocab_size)
-    save_tokenizer(tokenizer, args.out, config.max_context)
-
     graph, params = flat_params(Decoder(config, rngs=nnx.Rngs(args.seed)))
     if args.start:
-        params = load_model(args.start)
-    else:
-        params = with_copying_heads(params, config, args.seed)
-    print(f"{sum(p.size for p in params.values()) / 1e6:.2f} M parameters", flush=True)
+        tokenizer = Tokenizer.from_file(str(args.start / "tokenizer.json"))
+        return tokenizer, graph, load_model(args.start)
+    sample = Corpus(args.seed + 1)
+    texts = (sample.document() for _ in range(_TOKENIZER_DOCUMENTS))
+    tokenizer = train_tokenizer(texts, config.vocab_size)
+    return tokenizer, graph, with_copying_heads(params, config, args.seed)
+
+
+def train(
+    args: argparse.Namespace, tokenizer: Tokenizer, graph: nnx.GraphDef[Decoder], params: Params
+) -> Params:
+    """Run the updates and save now and then; returns the trained parameters."""
     optimizer = make_optimizer()
     state = optimizer.init(params)
     step = make_step(graph, optimizer)
+    # Without --steps the total is an estimate, made anew every few steps.
     total, done = args.steps or _TIMED_STEPS * 50, 0
     corpus = Corpus(args.seed)
     batches = rows(
         corpus, tokenizer, args.length, args.batch, drills=lambda: drill_share(done / total)
     )
     started = saved = time.monotonic()
-    losses: list[float] = []
-    bar = tqdm(total=total, unit="step", mininterval=5.0)
-    while done < total:
-        tokens = jnp.asarray(next(batches))
-        rate = schedule(done / total, args.rate)
-        params, state, loss = step(params, state, tokens, jnp.float32(rate))
-        losses.append(float(loss))
-        done += 1
-        now = time.monotonic()
-        if done == 1:
-            started = now  # after compilation
-        if not args.steps and done % _TIMED_STEPS == 0:
-            left = args.minutes * 60 - (now - started)
-            bar.total = total = done + max(0, int(left * (done - 1) / (now - started)))
-        bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}", rate=f"{rate:.1e}", refresh=False)
-        bar.update()
-        if now - saved > args.save_minutes * 60:
-            save_model(params, args.out)
-            saved = now
-    bar.close()
-    save_model(params, args.out)
-    print(f"{done} steps, loss of the last 50: {np.mean(losses[-50:]):.4f}")
+    losses: deque[float] = deque(maxlen=50)
+    with tqdm(total=total, unit="step", mininterval=5.0) as bar:
+        while done < total:
+            rate = schedule(done / total, args.rate)
+            tokens = jnp.asarray(next(batches))
+            params, state, loss = step(params, state, tokens, jnp.float32(rate))
+            losses.append(float(loss))
+            done += 1
+            now = time.monotonic()
+            if done == 1:
+                started = now  # after compilation
+            if not args.steps and done % _TIMED_STEPS == 0:
+                left = args.minutes * 60 - (now - started)
+                bar.total = total = done + max(0, int(left * (done - 1) / (now - started)))
+            bar.set_postfix(loss=f"{np.mean(losses):.3f}", rate=f"{rate:.1e}", refresh=False)
+            bar.update()
+            if now - saved > args.save_minutes * 60:
+                save_model(params, args.out)
+                saved = now
+    print(f"{done} steps, loss of the last {len(losses)}: {np.mean(losses):.4f}")
+    return params
+
+
+def main() -> None:
+    args = arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer, graph, params = prepare(args)
+    print(f"{sum(p.size for p in params.values()) / 1e6:.2f} M parameters", flush=True)
+    save_tokenizer(tokenizer, args.out, model_config().max_context)
+    save_model(train(args, tokenizer, graph, params), args.out)
 
 
 if __name__ == "__main__":
