@@ -59,15 +59,20 @@ def test_many_requests_through_a_small_pool_answer_as_each_alone(tiny_checkpoint
     assert sum(report.by_owner().values()) == report.limit_bytes
 
 
-def test_preemption_changes_no_token(tiny_checkpoint, make_engine):
+@pytest.mark.parametrize(("dtype", "device_memory"), [("float32", "11MiB"), ("bfloat16", "6MiB")])
+def test_preemption_changes_no_token(dtype, device_memory, tiny_checkpoint, make_engine):
     """Short prompts that all grow until the pool is full: some are preempted and computed again."""
     path = tiny_checkpoint("llama", context=1024)
     requests = random_requests(5, 12, prompt=(20, 40), output=(300, 400))
-    small = make_engine(path, device_memory="11MiB", max_num_seqs=12, max_batch_tokens=64)
+    small = make_engine(
+        path, device_memory=device_memory, max_num_seqs=12, max_batch_tokens=64, dtype=dtype
+    )
     outputs = small.generate([p for p, _ in requests], [greedy(n) for _, n in requests])
     assert small.stats().preemptions > 0
     assert sum(o.metrics.num_preemptions for o in outputs) == small.stats().preemptions
-    large = make_engine(path, device_memory="256MiB", max_num_seqs=12, max_batch_tokens=64)
+    large = make_engine(
+        path, device_memory="256MiB", max_num_seqs=12, max_batch_tokens=64, dtype=dtype
+    )
     expected = large.generate([p for p, _ in requests], [greedy(n) for _, n in requests])
     assert large.stats().preemptions == 0
     assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]

@@ -117,8 +117,8 @@ class StepCompiler:
         return max(others, default=plain)
 
     def close(self) -> None:
-        """Gives up what waits to be compiled and waits for what is being compiled."""
-        self._background.shutdown(wait=True, cancel_futures=True)
+        """Gives up what waits to be compiled; what is being compiled ends on its own."""
+        self._background.shutdown(wait=False, cancel_futures=True)
 
     def _key(self, shape: StepShape, mode: StepMode) -> StepKey:
         return StepKey(shape, mode, self._runner.state_rows)
