@@ -235,7 +235,7 @@ class Engine:
     def abort(self, request_id: str) -> bool:
         """Ends a request by its id; its memory is given back at once. False if there is none."""
         group = self._by_id.get(request_id)
-        if group is None:
+        if group is None or group.finished:
             return False
         self._abort_group(group)
         return True

@@ -426,7 +426,7 @@ def test_peak_memory_is_the_weights_and_a_tenth(tmp_path: Path) -> None:
     converted = convert(path, tmp_path / "converted", progress=False)
     for folder, dtype in ((path, "bfloat16"), (path, "float32"), (converted, "bfloat16")):
         done = subprocess.run(
-            [sys.executable, "-c", PEAK, str(folder), dtype],
+            [sys.executable, "-P", "-c", PEAK, str(folder), dtype],
             capture_output=True,
             text=True,
             check=True,

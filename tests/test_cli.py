@@ -248,7 +248,7 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
 
 def test_the_command_line_starts_without_jax(tmp_path: Path) -> None:
     check = "import sys, ellm_jax.cli, ellm_jax.doctor; sys.exit('jax' in sys.modules)"
-    ended = subprocess.run([sys.executable, "-c", check], check=False, cwd=tmp_path)
+    ended = subprocess.run([sys.executable, "-P", "-c", check], check=False, cwd=tmp_path)
     assert ended.returncode == 0
 
 

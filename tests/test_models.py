@@ -372,4 +372,4 @@ def test_every_parameter_learns() -> None:
 
 def test_reading_a_configuration_does_not_import_jax() -> None:
     code = "import sys, ellm_jax.models; sys.exit('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0

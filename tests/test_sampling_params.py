@@ -174,7 +174,7 @@ def test_does_not_import_jax():
         "import sys, ellm_jax.sampling, ellm_jax.outputs, ellm_jax.tokenizer; "
         "sys.exit('jax' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", source], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-P", "-c", source], check=False).returncode == 0
 
 
 def test_metrics_are_none_until_known_then_milliseconds():
