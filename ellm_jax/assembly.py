@@ -21,12 +21,16 @@ from ellm_jax.runtime import ops
 from ellm_jax.runtime.buckets import Buckets
 from ellm_jax.runtime.compiler import StepCompiler, use_compilation_cache
 from ellm_jax.runtime.runner import Runner
+from ellm_jax.runtime.sampler import state_bytes
+from ellm_jax.runtime.shapes import StepMode
 from ellm_jax.scheduler.batching import Scheduler
 
 TINY_MODEL = pathlib.Path(__file__).parent / "tiny"
 """The model in the package."""
 
-_STATE_SHARE = 1 / 64
+
+_STATE_SHARE = 1 / 16
+"""Most of the limit that the sampler state takes; requests that need a row of it wait for one."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,9 @@ def assemble(
             f"max_model_len={max_model_len}: the model's context is {model_config.max_context} "
             "tokens; ask for that or less"
         )
-    limit_bytes = config.device_memory_bytes or default_limit_bytes()
+    limit_bytes = config.device_memory_bytes
+    if limit_bytes is None:
+        limit_bytes = default_limit_bytes()
     layout = KvLayout.choose(
         model_config.num_layers,
         model_config.num_kv_heads,
@@ -88,15 +94,16 @@ def assemble(
             f"{format_bytes(weights)} in {dtype}; raise device_memory, or choose a smaller model"
         ) from error
     kv = KvCache(pool, layout)
+    # The neutral row, and one for each request that may run with penalties, bias or min_tokens.
+    row_bytes = state_bytes(1, model_config.vocab_size)
+    affordable = int(limit_bytes * _STATE_SHARE) // row_bytes
+    state_rows = min(config.max_num_seqs + 1, max(2, affordable))
+    workspace = state_rows * row_bytes
 
     ops.register()
     use_compilation_cache(config.compilation_cache)
     model, _ = load_model(path, dtype=dtype, progress=config.progress)
-    runner = Runner(model, model_config, kv.id, config.max_num_seqs)
-    # Rows for all requests from the start where they cost little: growing them compiles anew.
-    state_rows = config.max_num_seqs + 1
-    if runner.state_bytes(state_rows) <= limit_bytes * _STATE_SHARE:
-        runner.grow_state(state_rows)
+    runner = Runner(model, model_config, kv.id, config.max_num_seqs, state_rows)
     del model
     gc.collect()
     ledger = Ledger(pool, kv)
@@ -105,24 +112,24 @@ def assemble(
     if config.warm_up:
         compiler.warm_up()
 
-    smallest_need_bytes = compiler.need_bytes(1, 1)
-    workspace = runner.state_bytes(runner.state_rows)
+    smallest_need_bytes = compiler.need_bytes(buckets.smallest_prefill, 1, StepMode(), True)
     missing = weights + workspace + smallest_need_bytes + layout.chunk_bytes - limit_bytes
     if missing > 0:
         compiler.close()
         raise MemoryError(
             f"device_memory is {format_bytes(limit_bytes)}; beside weights of "
-            f"{format_bytes(weights)} the smallest step needs "
-            f"{format_bytes(limit_bytes + missing - weights)}; raise device_memory by "
-            f"{format_bytes(missing)} or more"
+            f"{format_bytes(weights)} the smallest step with its KV cache and the engine's own "
+            f"arrays needs {format_bytes(limit_bytes + missing - weights)}; raise device_memory "
+            f"by {format_bytes(missing)} or more"
         )
-    ledger.hold_workspace(workspace)
+    pool.reserve("workspace", workspace)
     scheduler = Scheduler(
         ledger,
         compiler.need_bytes,
         buckets.rows_below,
         config.max_num_seqs,
-        max(config.max_batch_tokens, config.max_num_seqs),
+        buckets.max_rows,
+        state_rows - 1,
     )
-    loop = HostLoop(runner, compiler, ledger, scheduler, on_token, on_finish, config.max_num_seqs)
+    loop = HostLoop(runner, compiler, ledger, scheduler, on_token, on_finish)
     return Assembly(loop, model_config, dtype, max_model_len, smallest_need_bytes)

@@ -117,8 +117,8 @@ def parse_line(line: bytes, defaults: Mapping[str, Any]) -> BatchRequest:
         raise BadLine(f"custom_id is {custom_id!r}; give each line a text of its own")
     try:
         return _request(custom_id, fields, defaults)
-    except (ValueError, TypeError) as error:
-        raise BadLine(str(error), custom_id) from error
+    except Exception as error:  # whatever a line makes happen is the line's alone
+        raise BadLine(str(error) or type(error).__name__, custom_id) from error
 
 
 def _request(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}I": 1024 ** (i + 1) for i, unit in enumerate("KMGT")}
@@ -11,24 +12,35 @@ _UNITS |= {f"{unit}I": 1024 ** (i + 1) for i, unit in enumerate("KMGT")}
 DTYPES = ("float32", "bfloat16")
 """What an engine computes in."""
 
+_MAX_BYTES = 2**60
+_MAX_COUNTS = {"max_model_len": 2**31 - 1, "max_num_seqs": 4096, "max_batch_tokens": 65536}
+_MAX_IDLE_S = 1e9  # what threads can wait for has a limit, not far above
+
 
 def parse_bytes(size: int | str) -> int:
     """Reads a size: an int of bytes, or text such as "512MiB", "2GB", "1.5GiB".
 
     Raises:
-        ValueError: text that is no size, or a size below 0.
+        ValueError: text that is no size, or a size below 0 or above 1 EiB.
+        TypeError: neither an int nor text.
     """
     if isinstance(size, int) and not isinstance(size, bool):
         count = size
+    elif not isinstance(size, str):
+        raise TypeError(
+            f"{size!r} is no size; give bytes as an int, or text such as 512MiB, 2GB, 1.5GiB"
+        )
     else:
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?I?)B?\s*", str(size).upper())
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?I?)B?\s*", size.upper())
         if match is None or match[2] == "I":
             raise ValueError(
                 f"{size!r} is no size; write bytes, or for example 512MiB, 2GB, 1.5GiB"
             )
-        count = int(float(match[1]) * _UNITS[match[2]])
+        count = int(Fraction(match[1]) * _UNITS[match[2]])
     if count < 0:
         raise ValueError(f"{size!r} is below 0; a size counts bytes")
+    if count > _MAX_BYTES:
+        raise ValueError(f"{size!r} is above 1 EiB, which no machine has; write for example 2GiB")
     return count
 
 
@@ -51,11 +63,12 @@ class EngineConfig:
             text ("2GiB"). None: what is free when the engine starts, less a tenth.
         dtype: "float32" or "bfloat16"; None: the checkpoint's own, float16 becoming bfloat16.
         max_model_len: most tokens of prompt and output together; None: the model's context.
-        max_num_seqs: most requests that run at once.
-        max_batch_tokens: most tokens of a step; longer prompts are prefilled in chunks.
+        max_num_seqs: most requests that run at once; at most 4096.
+        max_batch_tokens: most tokens of a step, at most 65536; longer prompts are prefilled in
+            chunks.
         warm_up: compile the common step shapes at start rather than when first needed.
         idle_trim_s: seconds without work after which memory that nobody uses goes back to the
-            system; the next request pays for mapping it again.
+            system; the next request pays for mapping it again. None means never.
         compilation_cache: directory that keeps compiled steps between runs; None: a folder in the
             user's cache directory; "": none.
         progress: show progress bars while loading and compiling.
@@ -67,26 +80,58 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_batch_tokens: int = 512
     warm_up: bool = True
-    idle_trim_s: float = 1.0
+    idle_trim_s: float | None = 1.0
     compilation_cache: str | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if self.device_memory is not None:
-            parse_bytes(self.device_memory)
+        if self.device_memory is not None and parse_bytes(self.device_memory) < 1:
+            raise ValueError(
+                f"device_memory={self.device_memory!r}: must be at least 1 byte; "
+                "leave it out for what is free at start"
+            )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(
                 f"dtype={self.dtype!r}: the engine computes in {' or '.join(DTYPES)}; "
                 "leave it out to follow the checkpoint"
             )
-        for name in ("max_model_len", "max_num_seqs", "max_batch_tokens"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
-        if not self.idle_trim_s >= 0:
-            raise ValueError(f"idle_trim_s={self.idle_trim_s!r}: must be at least 0 seconds")
+        for name, most in _MAX_COUNTS.items():
+            _check_count(name, getattr(self, name), most)
+        for name in ("warm_up", "progress"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r}: must be True or False")
+        if self.compilation_cache is not None and not isinstance(self.compilation_cache, str):
+            raise TypeError(
+                f"compilation_cache={self.compilation_cache!r}: must be text; "
+                "give the directory as str"
+            )
+        _check_idle(self.idle_trim_s)
 
     @property
     def device_memory_bytes(self) -> int | None:
         """The limit in bytes, or None for what is free at start."""
         return None if self.device_memory is None else parse_bytes(self.device_memory)
+
+
+def _check_count(name: str, value: object, most: int) -> None:
+    if value is None and name == "max_model_len":
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: must be a whole number from 1 to {most}")
+    if value < 1:
+        raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
+    if value > most:
+        raise ValueError(f"{name}={value!r}: must be a whole number of at most {most}")
+
+
+def _check_idle(seconds: object) -> None:
+    if seconds is None:
+        return
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool):
+        raise TypeError(f"idle_trim_s={seconds!r}: must be a number of seconds, or None for never")
+    # So written, NaN is refused too.
+    if not 0 <= seconds <= _MAX_IDLE_S:
+        raise ValueError(
+            f"idle_trim_s={seconds!r}: must be from 0 to {_MAX_IDLE_S:g} seconds; "
+            "use None for never"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import dataclasses
 import itertools
 import logging
 import pathlib
@@ -12,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, cast
 
 from tqdm import tqdm
@@ -246,7 +247,7 @@ class Engine:
 
     def stats(self) -> LoopStats:
         """Where the host loop's time went since the start or the last `reset_stats`."""
-        return self._loop.stats
+        return dataclasses.replace(self._loop.stats)
 
     def warm_up(self) -> None:
         """Compiles every step shape that a batch can come in, as `EngineConfig.warm_up` does for
@@ -336,17 +337,20 @@ class Engine:
 
     def _call(self, function: Callable[[], Any]) -> None:
         """Has the engine's thread do something, and waits for it."""
-        done = threading.Event()
+        done: Future[None] = Future()
 
         def command() -> None:
             try:
                 function()
-            finally:
-                done.set()
+            except Exception as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
 
         self._command(command)
-        while not done.wait(timeout=1.0):
+        while not wait([done], timeout=1.0).done:
             self._raise_failure()
+        done.result()
 
     def _next(self, groups: queue.SimpleQueue[Group]) -> Group:
         group = groups.get()
@@ -369,6 +373,7 @@ class Engine:
             self._wind_up()
         except BaseException as failure:
             self._fail(failure)
+            self._loop.shut_down()
             raise
 
     def _fail(self, failure: BaseException) -> None:
@@ -423,8 +428,7 @@ class Engine:
             self._loop.abort(request)
         self._loop.drain()
         self._publish()
-        self._loop.compiler.close()
-        self._loop.ledger.close()
+        self._loop.shut_down()
 
     def _publish(self) -> None:
         """Tells every listener whose requests moved, once per step."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -21,10 +21,11 @@ from ellm_jax.memory.ledger import Lease, Ledger
 from ellm_jax.outputs import FinishReason
 from ellm_jax.request import Request, Status
 from ellm_jax.runtime.batch import Span
-from ellm_jax.runtime.compiler import StepCompiler
-from ellm_jax.runtime.runner import Runner, StepFailed, StepKey
+from ellm_jax.runtime.compiler import CompileFailed, StepCompiler
+from ellm_jax.runtime.runner import Runner, StepFailed
 from ellm_jax.runtime.sampler import state_row
-from ellm_jax.runtime.step import StepMode, StepResult
+from ellm_jax.runtime.shapes import StepKey
+from ellm_jax.runtime.step import StepResult
 from ellm_jax.scheduler.batching import MemoryPressure, Plan, Scheduler
 from ellm_jax.step_io import (
     prompt_targets,
@@ -36,6 +37,8 @@ from ellm_jax.step_io import (
 # How often a request is tried again after a step with it failed, or after the system refused the
 # memory for it, before it is given up.
 _MAX_FAILURES = 3
+# Plans tried before the loop looks after its callers again.
+_MAX_PLANS = 16
 
 
 @dataclass(eq=False)
@@ -64,7 +67,6 @@ class HostLoop:
     scheduler: Scheduler
     on_token: Callable[[Request], str | int | None]
     on_finish: Callable[[Request], None]
-    max_num_seqs: int
     clock: Callable[[], float] = time.monotonic
     stats: LoopStats = field(default_factory=LoopStats)
     _in_flight: deque[_InFlight] = field(default_factory=deque)
@@ -72,6 +74,7 @@ class HostLoop:
     _leaving: set[Request] = field(default_factory=set)
     _state_rows: list[int] = field(default_factory=list)
     _refusals: int = 0
+    _crowded: bool = False
 
     def __post_init__(self) -> None:
         self._state_rows = list(range(1, self.runner.state_rows))
@@ -104,55 +107,66 @@ class HostLoop:
         while self._in_flight:
             self._settle(self._in_flight.popleft())
 
+    def shut_down(self) -> None:
+        """Gives everything back, whatever state the loop is in; not to be used afterwards."""
+        for step in self._in_flight:
+            with contextlib.suppress(StepFailed):
+                self.runner.wait(step.result)
+            self.ledger.finish(step.lease)
+        self._in_flight.clear()
+        self.compiler.close()
+        self.ledger.close()
+
     # Planning and launching.
 
     def _launch(self) -> _InFlight | None:
-        """Plans, reserves and dispatches; None when there is nothing to compute right now."""
-        for plan in self._plans():
+        """Plans, reserves and dispatches; None when there is nothing to compute right now, or when
+        relieving the pressure takes longer than the callers should wait to be heard."""
+        self.compiler.collect()
+        for _ in range(_MAX_PLANS):
             try:
-                with self._timed("plan_s"):
-                    self._give_state_rows(plan)
-            except OutOfMemory as error:
-                self._relieve(error)
-                continue
-            with self._timed("plan_s"):
-                key = self.compiler.choose(_rows(plan), len(plan.shares), self._mode(plan))
-            with self._timed("compile_s"):
+                plan = self._plan()
+                if plan is None:
+                    return None
+                key = self.compiler.choose(plan.rows, len(plan.shares), plan.mode)
                 need_bytes = self.compiler.ensure(key)
-            try:
+                self.compiler.refine(plan.rows, len(plan.shares), plan.mode)
                 with self._timed("map_s"):
                     lease = self._reserve(plan, need_bytes)
-            except RuntimeError as error:
-                self._relieve(error)
-                continue
-            self._refusals = 0
-            return self._dispatch(plan, key, lease)
+            except CompileFailed as error:
+                # Only a mode that a request asked for is compiled so late.
+                self._end_all(error)
+            except (MemoryPressure, RuntimeError) as cause:
+                self._relieve(cause)
+            else:
+                self._refusals = 0
+                return self._dispatch(plan, key, lease)
         return None
+
+    def _plan(self) -> Plan | None:
+        """The scheduler's plan. Nobody is admitted between a preemption and the next settled step:
+        the room that was made is for those that go on."""
+        compiling_s = self.compiler.waited_s
+        with self._timed("plan_s"):
+            exact = self._refusals > 0
+            plan = self.scheduler.plan(admit=not self._crowded, exact=exact)
+            if plan is None and self._crowded and not self._in_flight:
+                self._crowded = False
+                plan = self.scheduler.plan(exact=exact)
+        compiling_s = self.compiler.waited_s - compiling_s
+        self.stats.plan_s -= compiling_s
+        self.stats.compile_s += compiling_s
+        return plan
 
     def _reserve(self, plan: Plan, need_bytes: int) -> Lease:
         """The step's activations and every chunk it writes to, together or not at all."""
         slots = [_slot(share.request) for share in plan.shares]
         return self.ledger.reserve(need_bytes, slots, [s.begin + s.count for s in plan.shares])
 
-    def _plans(self) -> Iterator[Plan]:
-        """Plans until one is taken or nothing is left to plan; relieves pressure in between."""
-        while True:
-            try:
-                with self._timed("plan_s"):
-                    plan = self.scheduler.plan(admit=self._refusals == 0)
-            except MemoryPressure as pressure:
-                self._relieve(pressure)
-                continue
-            if plan is None:
-                if self._refusals and not self._in_flight and self.scheduler.waiting:
-                    self._refusals = 0
-                    continue
-                return
-            yield plan
-
     def _relieve(self, cause: Exception) -> None:
         """Makes room after a plan that does not fit, by the mildest means that is left: the end of
-        the step in flight, unmapping what slots hold in excess, preempting the last admitted."""
+        the step in flight, unmapping what slots hold in excess, smaller buckets or trying again,
+        preempting the last admitted, and in the end giving up the one that runs alone."""
         if self._in_flight:
             self.drain()
             return
@@ -161,30 +175,28 @@ class HostLoop:
                 return
         victim = self.scheduler.victim()
         short = isinstance(cause, MemoryPressure | OutOfMemory)
-        if not short or victim is None:
-            self._refusals += 1
-        if victim is not None and (short or self._refusals > _MAX_FAILURES):
+        if victim is not None and (short or self._refusals >= _MAX_FAILURES):
             self._preempt(victim)
-        elif self._refusals > _MAX_FAILURES:
-            # One request alone, which was admitted because it fits: the system itself refuses.
-            self._refusals = 0
-            for request in list(self.scheduler.running):
-                request.error = f"its memory could not be mapped: {cause}"
-                self._finish(request, "error")
+            return
+        self._refusals += 1
+        if self._refusals > _MAX_FAILURES:
+            self._end_all(cause)
+
+    def _end_all(self, cause: Exception) -> None:
+        """Gives up every request that runs, after nothing else has helped."""
+        self._refusals = 0
+        self.drain()
+        for request in list(self.scheduler.running):
+            request.error = str(cause)
+            self._finish(request, "error")
 
     def _preempt(self, request: Request) -> None:
         """Takes a request's slot; it is prefilled again, output included, when memory allows."""
         self._give_back(request)
         self.scheduler.requeue(request)
+        self._crowded = True
         request.num_preemptions += 1
         self.stats.preemptions += 1
-
-    def _mode(self, plan: Plan) -> StepMode:
-        shares = plan.shares
-        return StepMode(
-            logprobs=any(s.samples and s.request.params.logprobs is not None for s in shares),
-            prompt_logprobs=any(s.request.wants_prompt_logprobs for s in shares),
-        )
 
     def _give_state_rows(self, plan: Plan) -> None:
         """Gives newly admitted requests with penalties, bias or min_tokens their row."""
@@ -192,11 +204,6 @@ class HostLoop:
             request = share.request
             if request.state_row or not request.params.needs_state:
                 continue
-            if self.runner.state_rows == 1:
-                rows = self.max_num_seqs + 1
-                self.ledger.hold_workspace(self.runner.state_bytes(rows))
-                self.runner.grow_state(rows)
-                self._state_rows = list(range(1, rows))
             request.state_row = self._state_rows.pop()
             words, bias = state_row(
                 request.prompt_ids,
@@ -209,6 +216,7 @@ class HostLoop:
 
     def _dispatch(self, plan: Plan, key: StepKey, lease: Lease) -> _InFlight:
         with self._timed("plan_s"):
+            self._give_state_rows(plan)
             now = self.clock()
             spans = []
             for share in plan.shares:
@@ -243,11 +251,13 @@ class HostLoop:
         with self._timed("settle_s"):
             self.ledger.finish(step.lease)
             self.stats.steps += 1
+            self._crowded = False
             now = self.clock()
             row = sample = 0
             for share in step.plan.shares:
                 request = share.request
                 self._steps_of[request] -= 1
+                request.num_failures = 0
                 if request.status is not Status.FINISHED:
                     if result.prompt_logprobs is not None:
                         take_prompt_logprobs(share, result.prompt_logprobs, row)
@@ -296,10 +306,12 @@ class HostLoop:
             for share in void.plan.shares:
                 self._steps_of[share.request] -= 1
                 share.request.in_flight -= share.samples
+        suspects = [s.request for s in step.plan.shares if s.request.suspect]
+        blamed = suspects or [share.request for share in step.plan.shares]
         for request in {share.request: None for void in steps for share in void.plan.shares}:
             if request.status is not Status.RUNNING:
                 continue
-            request.num_failures += 1
+            request.num_failures += request in blamed
             if request.num_failures >= _MAX_FAILURES:
                 request.error = f"{_MAX_FAILURES} steps with it failed, the last so: {failure}"
                 self._finish(request, "error")
@@ -335,7 +347,7 @@ class HostLoop:
         self._give_back_state_row(request)
         if request.slot is not None:
             slot, request.slot = request.slot, None
-            self.ledger.kv.release(slot)
+            self.ledger.release(slot)
 
     def _give_back_state_row(self, request: Request) -> None:
         # At once, even while a step in flight counts in it: whoever gets the row writes it anew,
@@ -351,7 +363,3 @@ class HostLoop:
 def _slot(request: Request) -> int:
     assert request.slot is not None
     return request.slot
-
-
-def _rows(plan: Plan) -> int:
-    return sum(share.count for share in plan.shares)

@@ -27,10 +27,43 @@ Prompt: TypeAlias = str | Sequence[int] | NDArray[np.integer[Any]] | Sequence[Me
 
 def is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
     """Whether this is one prompt rather than a list of them."""
-    if isinstance(prompts, str):
+    if isinstance(prompts, np.ndarray):
+        return prompts.ndim < 2
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
+        # Odd ones too: as a prompt they are refused with a message that names their type.
         return True
     first = prompts[0] if len(prompts) else None
-    return isinstance(first, numbers.Integral | Mapping)
+    return isinstance(first, numbers.Number | Mapping)
+
+
+def params_per_prompt(params: object, count: int) -> list[SamplingParams]:
+    """One for each of `count` prompts, from None, one for all, or a sequence.
+
+    Raises:
+        ValueError: their number differs.
+        TypeError: they are something else.
+    """
+    if params is None:
+        return [SamplingParams()] * count
+    if isinstance(params, Sequence) and not isinstance(params, str | bytes):
+        if len(params) != count:
+            raise ValueError(
+                f"{len(params)} sampling parameters for {count} prompts; give one for all, or one "
+                "each"
+            )
+        return [_checked_params(each) for each in params]
+    return [_checked_params(params)] * count
+
+
+def _checked_params(params: object) -> SamplingParams:
+    if not isinstance(params, SamplingParams):
+        remedy = (
+            "write SamplingParams.from_dict(...) around it"
+            if isinstance(params, Mapping)
+            else "give SamplingParams(...)"
+        )
+        raise TypeError(f"sampling parameters of type {type(params).__name__}; {remedy}")
+    return params
 
 
 @dataclass(eq=False)
@@ -56,6 +89,9 @@ class Group:
 
     def output(self) -> RequestOutput:
         """Everything so far."""
+        # First: the engine's thread may end it meanwhile, and what says that it is over must have
+        # everything.
+        finished = self.finished
         first = self.requests[0]
         prompt_logprobs = None
         if first.params.prompt_logprobs is not None:
@@ -65,7 +101,7 @@ class Group:
             prompt=self.prompt,
             prompt_token_ids=first.prompt_ids,
             outputs=tuple(self._completion(i) for i in range(len(self.requests))),
-            finished=self.finished,
+            finished=finished,
             metrics=self._metrics(),
             prompt_logprobs=prompt_logprobs,
         )
@@ -128,6 +164,7 @@ class Intake:
         Raises:
             ValueError, TypeError: the prompt or the parameters do not suit the model; says why.
         """
+        params = _checked_params(params)
         text, ids = self._tokenize(prompt)
         self._check_ids(ids)
         params = self._fit(params, len(ids))
@@ -156,9 +193,14 @@ class Intake:
         if isinstance(prompt, str):
             if not prompt:
                 raise ValueError("the prompt is empty; give at least one character or token")
-            return prompt, tuple(self._need_tokenizer("a text").encode(prompt))
+            return prompt, tuple(self._need_tokenizer("a text").encode(_checked_text(prompt)))
         if isinstance(prompt, np.ndarray):
             prompt = prompt.tolist()
+        if isinstance(prompt, Mapping) and "role" in prompt:
+            raise TypeError(
+                f"one chat message (a {type(prompt).__name__}) where a prompt should be; "
+                "put it into a list: [message]"
+            )
         if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
             raise TypeError(
                 f"a prompt of type {type(prompt).__name__}; give a text, a list of token ids, or "
@@ -168,7 +210,7 @@ class Intake:
             raise ValueError("the prompt is empty; give at least one character or token")
         if all(isinstance(part, Mapping) for part in prompt):
             tokenizer = self._need_tokenizer("a chat")
-            text = tokenizer.apply_chat_template(prompt)  # type: ignore[arg-type]
+            text = _checked_text(tokenizer.apply_chat_template(prompt))  # type: ignore[arg-type]
             return text, tuple(tokenizer.encode(text, add_special_tokens=False))
         ids = []
         for part in prompt:
@@ -215,15 +257,31 @@ class Intake:
         if params.stop_strings:
             self._need_tokenizer("a stop string")
         room = self.max_model_len - prompt_tokens
-        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        min_tokens = min(params.min_tokens, max_tokens)
-        total = prompt_tokens + max_tokens - 1
-        bytes_needed = -(-total // self.tile_tokens) * self.chunk_bytes
-        if bytes_needed > self.room_bytes:
+        # The last token is never written to the KV cache.
+        memory_room = self.room_bytes // self.chunk_bytes * self.tile_tokens - prompt_tokens + 1
+        wanted = max(1, memory_room) if params.max_tokens is None else params.max_tokens
+        max_tokens = min(wanted, room)
+        if max_tokens > memory_room:
+            total = prompt_tokens + max_tokens - 1
+            bytes_needed = -(-total // self.tile_tokens) * self.chunk_bytes
+            remedy = "lower max_tokens" if memory_room > 0 else "shorten the prompt"
             raise ValueError(
                 f"a prompt of {prompt_tokens} tokens with up to {max_tokens} new ones takes "
                 f"{format_bytes(bytes_needed)} of KV cache, and device_memory leaves "
                 f"{format_bytes(self.room_bytes)} beside weights and activations: it can never "
-                "run; raise device_memory, or lower max_tokens"
+                f"run; raise device_memory, or {remedy}"
             )
+        min_tokens = min(params.min_tokens, max_tokens)
         return dataclasses.replace(params, max_tokens=max_tokens, min_tokens=min_tokens)
+
+
+def _checked_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the prompt has U+{ord(text[error.start]):04X} at character {error.start}, which is "
+            "half of a surrogate pair and no character; take it out, or decode the text's bytes "
+            "anew"
+        ) from error
+    return text

@@ -36,7 +36,7 @@ class Request:
         in_flight: tokens sampled by steps in flight, not yet known here.
         state_row: its row of the sampler state; 0 for none.
         num_preemptions: how often it lost its slot.
-        num_failures: how many steps with it failed.
+        num_failures: how many steps with it, and it to blame, failed since the last good one.
     """
 
     id: str
@@ -61,6 +61,11 @@ class Request:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: str | None = None
+
+    @property
+    def suspect(self) -> bool:
+        """Whether a step with it failed, and none has succeeded since."""
+        return self.num_failures > 0
 
     @property
     def max_tokens(self) -> int:

@@ -6,7 +6,6 @@ other. This module knows nothing of JAX: the scheduler, the server and a simulat
 
 import dataclasses
 import difflib
-import math
 import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +15,9 @@ MAX_LOGPROBS = 20
 
 MIN_TEMPERATURE = 1e-3
 """Smallest temperature above 0. Below it the outcome is that of 0, only less clearly said."""
+
+MAX_COMPLETIONS = 128
+"""Most completions of one prompt."""
 
 _STOP_STRINGS_MAX = 64
 _SEED_MIN, _SEED_MAX = -(2**63), 2**64 - 1
@@ -29,13 +31,13 @@ class SamplingParams:
     top-k, top-p.
 
     Attributes:
-        n: Completions per prompt, each with its own noise.
-        temperature: 0 takes the likeliest token; else at least ``MIN_TEMPERATURE``.
+        n: Completions per prompt, each with its own noise; at most 128.
+        temperature: 0 takes the likeliest token; else from ``MIN_TEMPERATURE`` to 100.
         top_p: Keep the smallest set of tokens whose probability is at least this; 1 is off.
         top_k: Keep the k likeliest tokens, ties with the k-th included; 0 or -1 is off.
         min_p: Keep tokens at least this likely relative to the likeliest one; 0 is off.
         repetition_penalty: Divides positive and multiplies negative logits of tokens that
-            occur in the prompt or the output; 1 is off.
+            occur in the prompt or the output; from 0.01 to 100, 1 is off.
         presence_penalty: Subtracted from the logit of each token in the output; 0 is off.
         frequency_penalty: As above, times the number of occurrences in the output.
         logit_bias: Added to the logit, by token id; from -100 to 100.
@@ -77,23 +79,23 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        _check_int("n", self.n, 1, None, "ask for at least one completion")
-        _check_float("temperature", self.temperature, 0.0, None, "use 0 for greedy decoding")
+        _check_int("n", self.n, 1, MAX_COMPLETIONS, "submit the prompt again for more")
+        # Bounds within what float32 holds: outside, steps would compute with 0 or infinity.
+        _check_float("temperature", self.temperature, 0.0, 100.0, "use 0 for greedy decoding")
         if 0 < self.temperature < MIN_TEMPERATURE:
             raise ValueError(
                 f"temperature={self.temperature!r}: must be 0 or at least {MIN_TEMPERATURE}; "
                 "use 0 for greedy decoding"
             )
-        _check_float("top_p", self.top_p, 0.0, 1.0, "use 1 to turn it off", above_low=True)
+        _check_float("top_p", self.top_p, 1e-9, 1.0, "use 1 to turn it off")
         _check_int("top_k", self.top_k, -1, 2**31 - 1, "use 0 or -1 to turn it off")
         _check_float("min_p", self.min_p, 0.0, 1.0, "use 0 to turn it off")
         _check_float(
             "repetition_penalty",
             self.repetition_penalty,
-            0.0,
-            None,
+            0.01,
+            100.0,
             "use 1 to turn it off, more to discourage repetition",
-            above_low=True,
         )
         for name in ("presence_penalty", "frequency_penalty"):
             _check_float(name, getattr(self, name), -2.0, 2.0, "use 0 to turn it off")
@@ -179,27 +181,24 @@ def _check_int(name: str, value: object, low: int, high: int | None, remedy: str
         raise TypeError(f"{name}={value!r}: must be a whole number; {remedy}")
     if int(value) < low or (high is not None and int(value) > high):
         wanted = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"{name}={value}: must be {wanted}; {remedy}")
+        raise ValueError(f"{name}={_shown(int(value))}: must be {wanted}; {remedy}")
 
 
-def _check_float(
-    name: str,
-    value: object,
-    low: float,
-    high: float | None,
-    remedy: str,
-    *,
-    above_low: bool = False,
-) -> None:
+def _check_float(name: str, value: object, low: float, high: float, remedy: str) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name}={value!r}: must be a number; {remedy}")
-    wanted = f"above {low:g}" if above_low else f"at least {low:g}"
-    if high is not None:
-        wanted = f"{wanted} and at most {high:g}"
-    too_low = value <= low if above_low else value < low
-    # NaN passes every comparison above as false, hence the explicit test.
-    if not math.isfinite(value) or too_low or (high is not None and value > high):
-        raise ValueError(f"{name}={value!r}: must be finite, {wanted}; {remedy}")
+    # So written, NaN is outside too; and a huge int is compared, never converted.
+    if not low <= value <= high:
+        raise ValueError(
+            f"{name}={_shown(value)}: must be a number from {low:g} to {high:g}; {remedy}"
+        )
+
+
+def _shown(value: float) -> str:
+    """A number for a message; Python refuses to write the digits of huge ones."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"(a number of {value.bit_length()} bits)"
+    return repr(value)
 
 
 def _checked_bias(bias: object) -> dict[int, float] | None:

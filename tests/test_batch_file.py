@@ -316,3 +316,59 @@ def test_a_file_that_is_something_else_is_left_alone(tmp_path: Path, content: st
     with pytest.raises(Failure, match="line 1"):
         batch._repair(target)
     assert target.read_text() == content
+
+
+def test_a_number_that_no_float_holds_is_an_error_of_its_line(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    lines = [
+        _line({"prompt": "x", "temperature": 10**400}, custom_id="a"),
+        _line({"prompt": "y"}, custom_id="b"),
+    ]
+    source.write_bytes(b"\n".join(lines))
+    engine, out = _Engine(), io.BytesIO()
+    _job(engine, out, set()).run(source, 4)
+    results = [json.loads(line) for line in out.getvalue().splitlines()]
+    status = {line["custom_id"]: line["response"]["status_code"] for line in results}
+    assert status == {"a": 400, "b": 200}
+    assert "temperature=" in results[0]["response"]["body"]["error"]["message"]
+
+
+def test_whatever_a_line_raises_is_its_own_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fragile(_Engine):
+        def submit(self, prompt: Any, params: SamplingParams) -> Future[RequestOutput]:
+            if prompt == "odd":
+                raise OverflowError("too odd")
+            return super().submit(prompt, params)
+
+    from_dict = SamplingParams.from_dict
+
+    def broken(values: dict[str, Any]) -> SamplingParams:
+        if values.get("seed") == 13:
+            raise OverflowError("unlucky")
+        return from_dict(values)
+
+    monkeypatch.setattr(SamplingParams, "from_dict", broken)
+    source = tmp_path / "in"
+    bodies = [{"prompt": "odd"}, {"prompt": "x", "seed": 13}, {"prompt": "x"}]
+    lines = [_line(body, custom_id=f"{i}") for i, body in enumerate(bodies)]
+    source.write_bytes(b"\n".join(lines))
+    out = io.BytesIO()
+    _job(Fragile(), out, set()).run(source, 4)
+    results = [json.loads(line) for line in out.getvalue().splitlines()]
+    status = {line["custom_id"]: line["response"]["status_code"] for line in results}
+    assert status == {"0": 400, "1": 400, "2": 200}
+
+
+def test_the_output_belongs_to_one_process(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with (
+        batch._appending(target),
+        pytest.raises(Failure, match="written by another process"),
+        batch._appending(target),
+    ):
+        pass
+    with batch._appending(target) as out:
+        out.write(b"x")
+    assert target.read_bytes() == b"x"

@@ -65,6 +65,8 @@ def test_lines_are_sorted_by_arrival_and_ids_are_kept() -> None:
         ('{"prompt_len": 3, "output_len": 3, "arrival_s": -1}', "arrival_s=-1"),
         ('{"prompt_len": 3, "output_len": 3, "arrival_s": NaN}', "arrival_s=nan"),
         ('{"prompt_len": 3, "output_len": 3, "arival_s": 1}', "'arival_s'"),
+        (f'{{"prompt_len": 3, "output_len": 3, "arrival_s": {10**400}}}', "arrival_s=1000"),
+        ("[" * 100_000, "line 1"),
     ],
 )
 def test_a_bad_line_is_named(line: str, said: str) -> None:
@@ -123,6 +125,8 @@ def test_a_request_that_does_not_fit_is_told_before_anything_runs(
     engine = make_engine(tiny_checkpoint("llama"))
     with pytest.raises(WorkloadError, match="max_model_len is 256"):
         run_offline(engine, [Arrival(0.0, 5, 5), Arrival(0.0, 250, 7)])
+    with pytest.raises(WorkloadError, match="request 1 has 1000000000000"):
+        run_offline(engine, [Arrival(0.0, 10**12, 1)])
     assert engine.stats().steps == 0
 
 

@@ -208,7 +208,9 @@ def test_what_the_model_cannot_do_is_told_in_a_line(
         ["fly"],
         ["generate", "x", "--logit-bias", "y"],
         ["bench", "workload", "--rate", "0"],
+        ["bench", "workload", "--rate", "1e-320"],
         ["bench", "workload", "--prompt-len", "9:3"],
+        ["bench", "workload", "--prompt-len", f"1:{10**30}"],
         ["bench", "offline"],
     ],
 )
@@ -229,8 +231,28 @@ def test_an_interrupt_ends_cleanly(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdout", _InterruptedAtFirstText())
-    assert _generate(model, "w5", "--max-tokens", "200", "--ignore-eos") == 130
+    # A job that a shell runs in the background, as tests may, begins with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert _generate(model, "w5", "--max-tokens", "200", "--ignore-eos") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "\nellm: interrupted\n"
+
+
+@pytest.mark.parametrize("name", ["-", "file"])
+def test_input_that_is_no_text_is_told_in_a_line(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"w5\n\xff\n")
+    # What Python makes of standard input in the C locale.
+    with file.open(encoding="ascii", errors="surrogateescape") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert main(["generate", "--input", "-" if name == "-" else str(file)]) == 2
+    error = capsys.readouterr().err
+    assert "is not UTF-8 text" in error
+    assert error.count("\n") == 1
 
 
 def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
@@ -288,8 +310,10 @@ def test_a_batch_file_runs_and_goes_on_after_an_interruption(
     command += ["--temperature", "0", "--served-name", "tiny", "--max-tokens", "3"]
     command += ["--max-num-seqs", "2"]
     assert main(command) == 0
-    counts = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    counts = json.loads(said.out)
     assert (counts["completed"], counts["failed"], counts["skipped"]) == (4, 1, 0)
+    assert said.err == f"ellm: 1 of 5 lines failed; {target} says why\n"
 
     written = target.read_text()
     results = {line["custom_id"]: line for line in map(json.loads, written.splitlines())}

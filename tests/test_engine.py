@@ -256,7 +256,7 @@ def test_bad_requests_get_a_clear_error_and_the_engine_goes_on(
 def test_a_request_that_can_never_fit_is_told_which_limit(tiny_checkpoint, make_engine):
     path = tiny_checkpoint("llama", context=1024)
     engine = make_engine(path, device_memory="8MiB", max_batch_tokens=32, max_num_seqs=2)
-    with pytest.raises(ValueError, match=r"device_memory leaves .* raise device_memory, or lower"):
+    with pytest.raises(ValueError, match=r"device_memory leaves .* raise device_memory, or"):
         engine.generate([5] * 900, greedy(100))
     assert len(engine.generate([5] * 20, greedy(100))[0].token_ids) == 100
 
@@ -266,6 +266,99 @@ def test_a_limit_below_the_weights_says_so(tiny_checkpoint):
         Engine.from_pretrained(
             tiny_checkpoint("llama"), EngineConfig(device_memory="1MiB", progress=False)
         )
+
+
+def test_requests_with_sampler_state_wait_for_a_row(tiny_checkpoint, make_engine):
+    """A limit that affords few rows of state: penalised requests take turns, all are answered."""
+    path = tiny_checkpoint("llama", context=1024)
+    engine = make_engine(path, device_memory="8MiB", max_num_seqs=64, max_batch_tokens=64)
+    loop = engine._loop
+    loop.scheduler._state_rows = 2
+    params = [
+        greedy(30, frequency_penalty=0.5) if i % 2 else greedy(30, presence_penalty=0.5)
+        for i in range(7)
+    ]
+    prompts = [[5 + i, 6, 7] for i in range(7)]
+    outputs = engine.generate(prompts, params)
+    assert [len(o.token_ids) for o in outputs] == [30] * 7
+    alone = [engine.generate(p, q)[0].token_ids for p, q in zip(prompts, params, strict=True)]
+    assert [o.token_ids for o in outputs] == alone
+
+
+@pytest.mark.parametrize("warm_up", [True, False])
+def test_what_intake_accepts_can_run_to_its_end(warm_up, tiny_checkpoint, make_engine):
+    """The largest request that is not refused fills the room that is left, in any mode."""
+    path = tiny_checkpoint("llama", context=1024)
+    engine = make_engine(path, device_memory="9MiB", max_num_seqs=2, warm_up=warm_up)
+    room = engine._intake.room_bytes // engine._intake.chunk_bytes * engine._intake.tile_tokens
+    assert 60 < room < 1000, "the limit does not bind"
+    with pytest.raises(ValueError, match="device_memory leaves"):
+        engine.generate([5] * (room - 19), greedy(21))
+    for more in ({}, {"logprobs": 2, "prompt_logprobs": 2}):
+        output = engine.generate([5] * (room - 19), greedy(20, **more))[0]
+        assert output.outputs[0].error is None
+        assert len(output.token_ids) == 20
+
+
+@pytest.mark.parametrize("max_batch_tokens", [7, 50, 100])
+def test_prompt_logprobs_with_steps_of_any_size(max_batch_tokens, tiny_checkpoint, make_engine):
+    engine = make_engine(tiny_checkpoint("llama"), max_batch_tokens=max_batch_tokens)
+    prompt = [3 + 5 * i % 500 for i in range(130)]
+    output = engine.generate(prompt, greedy(2, prompt_logprobs=1))[0]
+    assert [e.token_id for e in output.prompt_logprobs[1:]] == prompt[1:]
+    whole = make_engine(tiny_checkpoint("llama"), max_batch_tokens=256)
+    assert whole.generate(prompt, greedy(2, prompt_logprobs=1))[0].prompt_logprobs == (
+        output.prompt_logprobs
+    )
+
+
+def test_a_reused_slot_holds_no_more_than_its_tokens(tiny_checkpoint, make_engine):
+    path = tiny_checkpoint("llama", context=1024)
+    engine = make_engine(path, idle_trim_s=60.0)
+    engine.generate([5] * 900, greedy(10))
+    kv = engine._loop.ledger.kv
+    assert kv.stats()["available_bytes"] > 10 * kv.layout.chunk_bytes
+    step, seen = engine._loop.step, []
+
+    def watched_step():
+        step()
+        seen.extend(kv.mapped_bytes(r.slot) for r in engine._loop.scheduler.running)
+
+    engine._loop.step = watched_step
+    engine.generate([5] * 14, greedy(6))
+    assert max(seen) == kv.layout.chunk_bytes
+    assert kv.stats()["unmap_calls"] > 0
+
+
+@pytest.mark.parametrize("call", ["release", "truncate", "trim_available"])
+def test_unmapping_that_fails_costs_no_answer(call, tiny_checkpoint, make_engine, monkeypatch):
+    path = tiny_checkpoint("llama", context=1024)
+    engine = make_engine(path, idle_trim_s=0.05)
+    expected = engine.generate([[5] * 300, [6] * 20], greedy(8))
+    ledger = engine._loop.ledger
+
+    class Failing:
+        """The KV cache, with one call that fails after it has done its work."""
+
+        def __init__(self, kv):
+            self.kv = kv
+
+        def __getattr__(self, name):
+            if name != call:
+                return getattr(self.kv, name)
+
+            def fail(*args):
+                getattr(self.kv, name)(*args)
+                raise RuntimeError(f"injected: {name}")
+
+            return fail
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "kv", Failing(ledger.kv))
+        outputs = engine.generate([[5] * 300, [6] * 20], greedy(8))
+        time.sleep(0.3)
+        assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
+    assert len(engine.generate([5], greedy(8))[0].token_ids) == 8
 
 
 def test_mapping_that_fails_costs_no_answer(tiny_checkpoint, make_engine, monkeypatch):
@@ -343,6 +436,69 @@ def test_a_step_that_always_fails_ends_its_requests_only(tiny_checkpoint, make_e
     assert output.outputs[0].finish_reason == "error"
     assert "tokens are mapped" in output.outputs[0].error
     assert len(engine.generate([5, 6], greedy(4))[0].token_ids) == 4
+
+
+def test_one_request_whose_steps_fail_does_not_drag_others_along(
+    tiny_checkpoint, make_engine, monkeypatch
+):
+    engine = make_engine(tiny_checkpoint("llama", context=1024))
+    prompts = [[9, 9, 9], *([i + 3, 7] for i in range(4))]
+    expected = [o.token_ids for o in engine.generate(prompts, greedy(20))]
+    runner = engine._loop.runner
+    dispatch = runner.dispatch
+
+    def poisoned(key, spans, *args):
+        broken = [
+            span._replace(context_tokens=1 << 20) if list(span.tokens[:3]) == [9, 9, 9] else span
+            for span in spans
+        ]
+        return dispatch(key, broken, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "dispatch", poisoned)
+        outputs = engine.generate(prompts, greedy(20))
+    assert outputs[0].outputs[0].finish_reason == "error"
+    assert [o.token_ids for o in outputs[1:]] == expected[1:]
+
+
+def test_a_step_that_does_not_compile_ends_its_requests_only(
+    tiny_checkpoint, make_engine, monkeypatch
+):
+    engine = make_engine(tiny_checkpoint("llama"), warm_up=True)
+    compile_step = engine._loop.runner.compile
+
+    def refusing(key):
+        if key.mode.logprobs:
+            raise RuntimeError("injected: XLA refuses")
+        return compile_step(key)
+
+    monkeypatch.setattr(engine._loop.runner, "compile", refusing)
+    output = engine.generate([5, 6], greedy(4, logprobs=1))[0]
+    assert "injected" in output.outputs[0].error
+    assert len(engine.generate([5, 6], greedy(4))[0].token_ids) == 4
+
+
+def test_a_failed_engine_tells_everybody_and_gives_its_memory_back(
+    tiny_checkpoint, make_engine, monkeypatch
+):
+    engine = make_engine(tiny_checkpoint("llama", context=1024))
+    stream = engine.stream([4, 5, 6], greedy(900))
+    next(stream)
+
+    def broken():
+        raise AssertionError("injected: a defect")
+
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    monkeypatch.setattr(engine._loop.scheduler, "plan", lambda **_: broken())
+    with pytest.raises(EngineClosed, match="injected"):
+        list(stream)
+    with pytest.raises(EngineClosed, match="injected"):
+        engine.generate([5], greedy(2))
+    engine.close()
+    assert engine.memory().physical_bytes <= engine.memory().limit_bytes
+    assert engine._loop.ledger.kv.stats()["active_bytes"] == 0
+    engine._loop._steps_of.clear()
+    engine._loop._leaving.clear()
 
 
 def test_closing_ends_what_runs_and_refuses_what_comes(tiny_checkpoint, make_engine):

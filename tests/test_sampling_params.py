@@ -40,19 +40,29 @@ def test_defaults_are_those_of_vllm():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", value) for value in (-0.1, NAN, INF, 1e-9)]
-    + [("top_p", value) for value in (0, -1, 1.01, NAN)]
+    [("temperature", value) for value in (-0.1, NAN, INF, 1e-9, 1e39, 10**400)]
+    + [("top_p", value) for value in (0, -1, 1.01, NAN, 1e-320)]
     + [("top_k", value) for value in (-2, 2**31)]
     + [("min_p", value) for value in (-0.1, 1.1, NAN)]
-    + [("repetition_penalty", value) for value in (0, -1, NAN, INF)]
+    + [("repetition_penalty", value) for value in (0, -1, NAN, INF, 1e39, 1e-320, 10**400)]
     + [("presence_penalty", value) for value in (-2.1, 2.1, NAN)]
     + [("frequency_penalty", value) for value in (-2.1, 2.1, NAN)]
     + [("seed", value) for value in (2**64, -(2**63) - 1)]
     + [("logprobs", value) for value in (-1, MAX_LOGPROBS + 1)]
     + [("prompt_logprobs", value) for value in (-1, MAX_LOGPROBS + 1)]
-    + [("n", 0), ("max_tokens", 0), ("min_tokens", -1), ("min_tokens", 17), ("stop", [""])]
+    + [
+        ("n", 0),
+        ("n", 129),
+        ("n", 10**400),
+        ("top_k", 10**5000),
+        ("temperature", 10**5000),
+        ("max_tokens", 0),
+        ("min_tokens", -1),
+        ("min_tokens", 17),
+        ("stop", [""]),
+    ]
     + [("stop", ["x"] * 65), ("stop_token_ids", [-1]), ("logit_bias", {-1: 0.0})]
-    + [("logit_bias", {0: NAN}), ("logit_bias", {0: 101})],
+    + [("logit_bias", {0: NAN}), ("logit_bias", {0: 101}), ("logit_bias", {0: 10**400})],
 )
 def test_refuses_values_out_of_range(name, value):
     with pytest.raises(ValueError, match=name) as caught:
@@ -96,7 +106,7 @@ def test_refuses_values_of_the_wrong_kind(name, value):
         {"temperature": 0.001, "top_p": 1e-6, "top_k": -1, "min_p": 1},
         {"max_tokens": None, "min_tokens": 1000},
         {"seed": 2**64 - 1, "logprobs": 0, "prompt_logprobs": 20},
-        {"repetition_penalty": 1e-3, "presence_penalty": -2, "frequency_penalty": 2},
+        {"repetition_penalty": 0.01, "n": 128, "presence_penalty": -2, "frequency_penalty": 2},
     ],
 )
 def test_takes_values_at_the_limits(values):
@@ -134,7 +144,7 @@ def test_from_dict():
         SamplingParams.from_dict({"topk": 3})
     with pytest.raises(ValueError, match=r"'zzzz'; known: n, temperature, .*"):
         SamplingParams.from_dict({"zzzz": 3})
-    with pytest.raises(ValueError, match="top_p=2: must be finite, above 0 and at most 1"):
+    with pytest.raises(ValueError, match="top_p=2: must be a number from 1e-09 to 1;"):
         SamplingParams.from_dict({"top_p": 2})
 
 

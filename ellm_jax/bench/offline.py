@@ -107,9 +107,9 @@ def run_offline(
     Raises:
         WorkloadError: a request that the engine cannot take.
     """
+    _check(engine, arrivals)
     vocab_size = engine.model_config.vocab_size
     prompts = [a.prompt(vocab_size, seed, i) for i, a in enumerate(arrivals)]
-    _check(engine, arrivals)
     _prepare(engine, arrivals, prompts)
 
     futures: list[Future[RequestOutput]] = []

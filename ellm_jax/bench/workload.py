@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+_MAX_ARRIVAL_S = 1e6
 
 
 class WorkloadError(ValueError):
@@ -55,7 +56,7 @@ def read_workload(lines: Iterable[str]) -> list[Arrival]:
             continue
         try:
             arrivals.append(_arrival(json.loads(line)))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise WorkloadError(f"line {number}: {error}") from error
     if not arrivals:
         raise WorkloadError("the workload is empty; make one with `ellm bench workload`")
@@ -69,8 +70,9 @@ def _arrival(fields: Any) -> Arrival:
     if unknown:
         raise ValueError(f"unknown field {min(unknown)!r}; leave it out")
     arrival_s = fields.get("arrival_s", 0.0)
-    if not _is_number(arrival_s) or not math.isfinite(arrival_s) or arrival_s < 0:
-        raise ValueError(f"arrival_s={arrival_s!r}: must be seconds, 0 or more")
+    # So written, NaN is refused too; and a huge int is compared, never converted.
+    if not _is_number(arrival_s) or not 0 <= arrival_s <= _MAX_ARRIVAL_S:
+        raise ValueError(f"arrival_s={arrival_s!r}: must be seconds, from 0 to {_MAX_ARRIVAL_S:g}")
     ids, length = fields.get("prompt_token_ids"), fields.get("prompt_len")
     if (ids is None) == (length is None):
         raise ValueError("give one of prompt_len and prompt_token_ids")

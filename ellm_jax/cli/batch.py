@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import queue
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -40,9 +43,12 @@ A line of the input:
 or with "url": "/v1/completions" and a "prompt" (a text, or token ids) in the body.
 
 Results are written as they finish. Run the same command again to go on after an interruption:
-what OUT has is not run again. A line that cannot be run becomes a result with status_code 400 and
-does not stop the rest. Sampling options are for what a body leaves out. The fields model, user,
-metadata, store and service_tier are ignored; unknown ones are an error of the line.
+what OUT has is not run again. A line that cannot be run becomes a result with status_code 400, or
+500 where it failed while it ran, and does not stop the rest: once every line has its result the
+exit code is 0, and the number of those that failed is said on stderr, even with --quiet.
+
+Sampling options are for what a body leaves out. The fields model, user, metadata, store and
+service_tier are ignored; unknown ones are an error of the line.
 """
 
 _AHEAD = 2
@@ -78,27 +84,30 @@ def run(args: argparse.Namespace) -> int:
 
     source, target = Path(args.input), Path(args.output)
     _check_paths(source, target)
-    done = _repair(target) if target.exists() else set()
     with plain_errors():
         options.sampling_params(args, max_tokens=256)
         config = options.engine_config(args)
     defaults = {"max_tokens": 256, **options.given_fields(args, SamplingParams)}
     with source.open("rb") as file:
         total = sum(1 for line in file if line.strip())
-    with plain_errors():
-        engine = Engine.from_pretrained(args.model, config)
     name = args.served_name or (Path(args.model).resolve().name if args.model else "ellm-tiny")
-    with engine, target.open("ab") as out:
-        bar = tqdm(total=total, desc="Batch", unit="req", disable=not config.progress)
-        job = _Job(engine, out, done, defaults, name, bar)
-        with bar:
-            job.run(source, _AHEAD * config.max_num_seqs)
+    with _appending(target) as out:
+        done = _repair(target)
+        with plain_errors():
+            engine = Engine.from_pretrained(args.model, config)
+        with engine:
+            bar = tqdm(total=total, desc="Batch", unit="req", disable=not config.progress)
+            job = _Job(engine, out, done, defaults, name, bar)
+            with bar:
+                job.run(source, _AHEAD * config.max_num_seqs)
     summary = job.summary()
     if args.json:
         write_json(summary)
     else:
         text = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in summary.items())
         note(f"{target}: {text}", quiet=not config.progress)
+    if job.failed:
+        note(f"ellm: {job.failed} of {total} lines failed; {target} says why")
     return 0
 
 
@@ -109,6 +118,23 @@ def _check_paths(source: Path, target: Path) -> None:
         raise Failure(f"{target} cannot take the results; give another path")
     if not target.parent.is_dir():
         raise Failure(f"the directory {target.parent} does not exist; make it first")
+
+
+@contextlib.contextmanager
+def _appending(target: Path) -> Iterator[BinaryIO]:
+    """The output, for this process alone: two that wrote would run every line twice."""
+    with target.open("ab") as out:
+        try:
+            fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Failure(
+                f"{target} is being written by another process; wait for its end, or give another "
+                "path"
+            ) from error
+        except OSError:
+            # A file system that knows no locks: it works, unprotected.
+            note(f"ellm: {target} cannot be locked; let no other process write it meanwhile")
+        yield out
 
 
 def _repair(target: Path) -> set[str]:
@@ -197,11 +223,15 @@ class _Job:
             return
         if self._known(request.custom_id, number):
             return
+        from ellm_jax.engine import EngineClosed
+
         with plain_errors():
             try:
                 future = self._engine.submit(request.prompt, request.params)
-            except (ValueError, TypeError) as error:
-                self._refuse(request.custom_id, line_id, str(error))
+            except (EngineClosed, MemoryError):
+                raise
+            except Exception as error:  # whatever a line makes happen is the line's alone
+                self._refuse(request.custom_id, line_id, str(error) or type(error).__name__)
                 return
         self._running += 1
         future.add_done_callback(lambda over: self._over.put((request, line_id, over)))

@@ -36,6 +36,9 @@ examples:
   ellm bench workload --requests 100 --rate 4 > poisson.jsonl
 """
 
+_MAX_LENGTH = 2**31 - 1
+_MIN_RATE = 1e-6
+
 
 def add_command(commands: Any) -> None:
     """Adds the command to the parser."""
@@ -144,7 +147,7 @@ def _bounds(text: str) -> tuple[int, int]:
         bounds = int(low), int(high or low)
     except ValueError:
         bounds = 0, 0
-    if not 1 <= bounds[0] <= bounds[1]:
+    if not 1 <= bounds[0] <= bounds[1] <= _MAX_LENGTH:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no range of lengths; write for example 32:512, or 100"
         )
@@ -156,6 +159,8 @@ def _rate(text: str) -> float:
         rate = float(text)
     except ValueError:
         rate = 0.0
-    if not 0 < rate < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no rate; write requests per second above 0")
+    if not _MIN_RATE <= rate < float("inf"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no rate; write requests per second, at least {_MIN_RATE:g}"
+        )
     return rate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -44,18 +45,23 @@ def plain_errors() -> Iterator[None]:
 @contextlib.contextmanager
 def reading(name: str) -> Iterator[TextIO]:
     """A text file to read, or standard input for "-"."""
+    shown = "standard input" if name == STANDARD else name
+    file: contextlib.AbstractContextManager[TextIO]
     if name == STANDARD:
-        yield sys.stdin
-        return
-    try:
-        file = Path(name).open(encoding="utf-8")  # noqa: SIM115  # closed below; errors differ
-    except OSError as error:
-        raise Failure(f"{name} cannot be read: {error.strerror}; check the path") from error
-    with file:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            # In some locales Python reads anything, and makes what is no text of it.
+            sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+        file = contextlib.nullcontext(sys.stdin)
+    else:
         try:
-            yield file
+            file = Path(name).open(encoding="utf-8")  # noqa: SIM115  # closed below; errors differ
+        except OSError as error:
+            raise Failure(f"{name} cannot be read: {error.strerror}; check the path") from error
+    with file as lines:
+        try:
+            yield lines
         except UnicodeDecodeError as error:
-            raise Failure(f"{name} is not UTF-8 text ({error}); convert it first") from error
+            raise Failure(f"{shown} is not UTF-8 text ({error}); convert it first") from error
 
 
 def write_json(value: Any) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ellm_jax._native import KvCache, OutOfMemory, Pool
+
+_log = logging.getLogger(__name__)
 
 OWNERS = ("free", "kv", "cache", "activation", "weights", "workspace")
 """Whose bytes add up to the limit."""
@@ -93,26 +96,29 @@ class Ledger:
             self._pool.give_back("activation", -change)
         self._activation_bytes = need_bytes
 
-    def hold_workspace(self, change_bytes: int) -> None:
-        """Grows (or shrinks) what the engine itself holds on the device, such as sampler state.
-
-        Raises:
-            OutOfMemory: the pool is short; nothing changed but that slots of ended requests may
-                have been unmapped.
-        """
-        if change_bytes < 0:
-            self._pool.give_back("workspace", -change_bytes)
-            return
+    def release(self, slot: int) -> None:
+        """Ends a request's hold on its slot. Where the system refuses to unmap, the slot is out of
+        use until a later trim repairs it; that is logged, and nobody's answer depends on it."""
         try:
-            self._pool.reserve("workspace", change_bytes)
-        except OutOfMemory:
-            self.kv.reclaim(change_bytes)
-            self._pool.reserve("workspace", change_bytes)
+            self.kv.release(slot)
+        except RuntimeError as error:
+            _log.warning("slot %d is out of use: %s", slot, error)
 
-    def trim(self) -> int:
-        """Gives memory that nobody uses back to the system; returns the bytes."""
-        self.kv.trim_available()
-        return self._pool.trim(0)
+    def truncate(self, slot: int, tokens: int) -> None:
+        """Unmaps what a slot holds beyond so many tokens. Where the system refuses, the memory
+        stays with the slot, or the slot breaks and the next step that names it is refused."""
+        try:
+            self.kv.truncate(slot, tokens)
+        except RuntimeError as error:
+            _log.warning("slot %d could not be made smaller: %s", slot, error)
+
+    def trim(self) -> None:
+        """Gives memory that nobody uses back to the system, as far as the system takes it."""
+        try:
+            self.kv.trim_available()
+            self._pool.trim(0)
+        except RuntimeError as error:
+            _log.warning("unused memory could not be given back: %s", error)
 
     def close(self) -> None:
         """Unmaps everything and gives it back to the system. No step may be in flight."""

@@ -8,7 +8,6 @@ bits. The first four words and the spans are read by the native handlers too: th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from ellm_jax.runtime.sampler import SamplingInputs, neutral_inputs
+from ellm_jax.runtime.shapes import StepShape
 
 HEADER_WORDS = 8
 SPAN_WORDS = 4
@@ -41,19 +41,6 @@ class Span(NamedTuple):
     context_tokens: int
     tokens: Sequence[int]
     sample: bool
-
-
-@dataclass(frozen=True)
-class StepShape:
-    """A bucket: the padded shape of a step.
-
-    Attributes:
-        rows: T, token rows.
-        seqs: S, sequences, and rows that can be sampled.
-    """
-
-    rows: int
-    seqs: int
 
 
 class Unpacked(NamedTuple):

@@ -3,7 +3,7 @@ padding, which makes a coarse bucket cheap."""
 
 from __future__ import annotations
 
-from ellm_jax.runtime.batch import StepShape
+from ellm_jax.runtime.shapes import StepShape
 
 _RATIO = 4
 _SMALLEST_PREFILL = 32
@@ -35,8 +35,14 @@ class Buckets:
         return StepShape(next(t for t in self._rows if t >= max(rows, s)), s)
 
     def rows_below(self, rows: int) -> int | None:
-        """The largest prefill size under `rows`, to try when a step's need does not fit."""
-        return max((t for t in self._rows if t < rows), default=None)
+        """The largest size under `rows` to try when a step's need does not fit: that of a smaller
+        bucket, in the end a single row; None below that."""
+        return max((t for t in (1, *self._rows) if t < rows), default=None)
+
+    @property
+    def smallest_prefill(self) -> int:
+        """Rows of the smallest bucket that takes a piece of a prompt."""
+        return self._rows[0]
 
     def common(self) -> list[StepShape]:
         """Shapes that cover every step, and the one that most steps have; the rest may be compiled

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pathlib
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 
 import jax
 from tqdm import tqdm
 
-from ellm_jax.runtime.batch import StepShape
 from ellm_jax.runtime.buckets import Buckets
-from ellm_jax.runtime.runner import Runner, StepKey
-from ellm_jax.runtime.step import StepMode
+from ellm_jax.runtime.runner import Runner
+from ellm_jax.runtime.shapes import StepKey, StepMode, StepShape
 
+_log = logging.getLogger(__name__)
 _PLAIN = StepMode()
 
 
@@ -36,11 +38,18 @@ def use_compilation_cache(directory: str | None) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
+class CompileFailed(Exception):
+    """XLA does not compile a step; requests that need it cannot run."""
+
+
 class StepCompiler:
     """Compiles steps, and picks one for a batch.
 
     A step that is compiled and covers the batch is taken rather than waiting for the exact one,
     which is then compiled in the background. Only a mode never seen before is waited for.
+
+    Attributes:
+        waited_s: seconds that `ensure` has spent compiling.
     """
 
     def __init__(self, runner: Runner, buckets: Buckets, *, progress: bool):
@@ -50,7 +59,9 @@ class StepCompiler:
         self._progress = progress
         self._background = ThreadPoolExecutor(1, thread_name_prefix="ellm-compile")
         self._pending: dict[StepKey, Future[int]] = {}
+        self._failed: set[StepKey] = set()
         self._needs: dict[StepKey, int] = {}
+        self.waited_s = 0.0
 
     def warm_up(self) -> None:
         """Compiles steps that cover every batch in the plain mode, showing progress."""
@@ -60,11 +71,11 @@ class StepCompiler:
         """Compiles every step of the plain mode, so that none is compiled while requests run."""
         for job in list(self._pending.values()):
             job.result()
-        self._collect()
+        self.collect()
         self._compile(self._buckets.every())
 
     def _compile(self, shapes: Sequence[StepShape]) -> None:
-        keys = [key for shape in shapes if (key := self._key(shape, _PLAIN)) not in self._needs]
+        keys = [key for shape in shapes if (key := StepKey(shape, _PLAIN)) not in self._needs]
         workers = min(4, os.cpu_count() or 1)
         with ThreadPoolExecutor(workers) as pool, self._bar(len(keys), "Compiling steps") as bar:
             jobs = {pool.submit(self._runner.compile, key): key for key in keys}
@@ -77,56 +88,64 @@ class StepCompiler:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def choose(self, rows: int, seqs: int, mode: StepMode) -> StepKey:
-        """The step to run for so many token rows and sequences."""
-        self._collect()
-        exact = self._key(self._buckets.fit(rows, seqs), mode)
-        best = self._best(exact, rows, seqs)
-        if best not in (exact, None) and exact not in self._pending:
-            self._pending[exact] = self._background.submit(self._runner.compile, exact)
-        return best or exact
+    def collect(self) -> None:
+        """Takes over what the background has finished. Between two calls `choose` gives the same
+        answers, unless `ensure` compiles something."""
+        for key in [key for key, job in self._pending.items() if job.done()]:
+            job = self._pending[key]
+            error = job.exception()
+            if error is None:
+                self._needs[key] = self._pending.pop(key).result()
+            elif key not in self._failed:
+                # It stays pending, so that it is not tried again; the covering step goes on.
+                self._failed.add(key)
+                _log.warning("a step could not be compiled in the background: %s", error)
 
-    def _best(self, exact: StepKey, rows: int, seqs: int) -> StepKey | None:
-        """The smallest compiled step that does for `exact`; None where there is none."""
+    def choose(self, rows: int, seqs: int, mode: StepMode) -> StepKey:
+        """The compiled step to run for so many token rows and sequences, or the one to compile."""
+        exact = StepKey(self._buckets.fit(rows, seqs), mode)
         if exact in self._needs:
             return exact
         covering = [
             key
             for key in self._needs
-            if key.mode == exact.mode
-            and key.state_rows == exact.state_rows
-            and key.shape.rows >= rows
-            and key.shape.seqs >= seqs
+            if key.mode == mode and key.shape.rows >= rows and key.shape.seqs >= seqs
         ]
-        return min(covering, key=lambda key: (key.shape.rows, key.shape.seqs), default=None)
+        return min(covering, key=lambda k: (k.shape.rows, k.shape.seqs), default=exact)
+
+    def refine(self, rows: int, seqs: int, mode: StepMode) -> None:
+        """Has the exact step compiled in the background, if it is not there yet."""
+        exact = StepKey(self._buckets.fit(rows, seqs), mode)
+        if exact not in self._needs and exact not in self._pending:
+            self._pending[exact] = self._background.submit(self._runner.compile, exact)
 
     def ensure(self, key: StepKey) -> int:
-        """What the step needs in bytes; compiles it first if it is not."""
+        """What the step needs in bytes; compiles it first if it is not.
+
+        Raises:
+            CompileFailed: XLA refuses it.
+        """
         if key not in self._needs:
+            begin = time.perf_counter()
             with self._bar(1, f"Compiling a step of {key.shape.rows} tokens") as bar:
-                self._needs[key] = self._runner.compile(key)
+                try:
+                    self._needs[key] = self._runner.compile(key)
+                except Exception as error:
+                    raise CompileFailed(f"a step could not be compiled: {error}") from error
                 bar.update()
+            self.waited_s += time.perf_counter() - begin
         return self._needs[key]
 
-    def need_bytes(self, rows: int, seqs: int) -> int:
-        """What a step of this size needs in whichever mode it has come to run."""
-        exact = self._key(self._buckets.fit(rows, seqs), _PLAIN)
-        key = self._best(exact, rows, seqs) or exact
-        plain = self.ensure(key)
-        others = (need for k, need in self._needs.items() if k.shape == key.shape)
-        return max(others, default=plain)
+    def need_bytes(self, rows: int, seqs: int, mode: StepMode, exact: bool) -> int:
+        """What the step needs that `choose` gives for this size. With `exact` the smallest bucket
+        is compiled for it if it is not yet, where a larger one would do but needs more."""
+        if exact:
+            return self.ensure(StepKey(self._buckets.fit(rows, seqs), mode))
+        return self.ensure(self.choose(rows, seqs, mode))
 
     def close(self) -> None:
         """Gives up what waits to be compiled; what is being compiled ends on its own."""
         self._background.shutdown(wait=False, cancel_futures=True)
-
-    def _key(self, shape: StepShape, mode: StepMode) -> StepKey:
-        return StepKey(shape, mode, self._runner.state_rows)
-
-    def _collect(self) -> None:
-        """Takes over what the background has finished; a failure there is raised here."""
-        for key in [key for key, job in self._pending.items() if job.done()]:
-            self._needs[key] = self._pending.pop(key).result()
 
     def _bar(self, total: int, what: str) -> tqdm:
         return tqdm(total=total, desc=what, unit="step", disable=not self._progress, leave=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from ellm_jax.models.config import ModelConfig
-from ellm_jax.runtime.batch import StepShape
+from ellm_jax.runtime.shapes import StepShape
 
 # Allocator rounding and the small buffers of the dispatch, with room to spare: a step of the
 # smallest bucket was seen to take up to 0.4 MiB beyond the statement.

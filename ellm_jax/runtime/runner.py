@@ -14,25 +14,17 @@ from flax import nnx
 from ellm_jax.models.config import ModelConfig
 from ellm_jax.models.decoder import Decoder
 from ellm_jax.runtime import ops, sampler
-from ellm_jax.runtime.batch import Span, StepLayout, StepShape
+from ellm_jax.runtime.batch import Span, StepLayout
 from ellm_jax.runtime.need import step_need_bytes
 from ellm_jax.runtime.sampler import SamplerState, SamplingInputs
-from ellm_jax.runtime.step import StepFunction, StepMode, StepResult, build_step, initial_carry
+from ellm_jax.runtime.shapes import StepKey
+from ellm_jax.runtime.step import StepFunction, StepResult, build_step, initial_carry
 
 Int32Array = np.ndarray[tuple[int], np.dtype[np.int32]]
 
 
 class StepFailed(RuntimeError):
     """A step ended with an error of the runtime; its tokens are lost, the engine can go on."""
-
-
-@dataclass(frozen=True)
-class StepKey:
-    """What is compiled on its own: a bucket, a mode, and the rows of sampler state."""
-
-    shape: StepShape
-    mode: StepMode
-    state_rows: int
 
 
 @dataclass(frozen=True)
@@ -48,8 +40,11 @@ class Runner:
     Steps are dispatched from one thread. `compile` may be called from others.
     """
 
-    def __init__(self, model: Decoder, config: ModelConfig, kv_id: int, num_slots: int):
-        """Takes the loaded model; `kv_id` is the registry id of its KV cache."""
+    def __init__(
+        self, model: Decoder, config: ModelConfig, kv_id: int, num_slots: int, state_rows: int
+    ):
+        """Takes the loaded model; `kv_id` is the registry id of its KV cache, `state_rows` the
+        length of the sampler state, the neutral row included."""
         ops.register()
         self._graph, self._weights = nnx.split(model)
         self.config = config
@@ -58,7 +53,7 @@ class Runner:
         self._steps: dict[StepKey, _Step] = {}
         self._lock = threading.Lock()
         self._carry = initial_carry(num_slots)
-        self._state = sampler.init_state(1, config.vocab_size)
+        self._state = sampler.init_state(state_rows, config.vocab_size)
         self._set_row: Callable[..., SamplerState] = jax.jit(sampler.set_row, donate_argnums=0)
 
     def compile(self, key: StepKey) -> int:
@@ -81,7 +76,7 @@ class Runner:
         call = build_step(self._graph, layout, key.mode)
         meta = jax.ShapeDtypeStruct((layout.words,), np.int32)
         carry = jax.eval_shape(lambda: initial_carry(self._num_slots))
-        rows, vocab = key.state_rows, self.config.vocab_size
+        rows, vocab = self.state_rows, self.config.vocab_size
         state = jax.eval_shape(lambda: sampler.init_state(rows, vocab))
         compiled = call.lower(self._weights, meta, carry, state).compile()  # type: ignore[attr-defined]
         return _Step(call, layout, step_need_bytes(compiled, self.config, key.shape))
@@ -90,19 +85,6 @@ class Runner:
     def state_rows(self) -> int:
         """Rows of the sampler state, the neutral one included."""
         return int(self._state.words.shape[0])
-
-    def state_bytes(self, rows: int) -> int:
-        """What a sampler state of so many rows takes."""
-        return rows * self.config.vocab_size * 8
-
-    def grow_state(self, rows: int) -> None:
-        """Makes the sampler state `rows` long; what the rows held is kept."""
-        state = sampler.init_state(rows, self.config.vocab_size)
-        kept = self.state_rows
-        self._state = SamplerState(
-            state.words.at[:kept].set(self._state.words),
-            state.bias.at[:kept].set(self._state.bias),
-        )
 
     def set_state_row(self, row: int, words: np.ndarray, bias: np.ndarray) -> None:  # type: ignore[type-arg]
         """Replaces one row (not 0) of the sampler state."""
@@ -141,5 +123,7 @@ class Runner:
     def recover(self) -> None:
         """Starts a fresh carry and sampler state after a failed step: what the failed one would
         have handed on does not exist."""
+        rows = self.state_rows
+        del self._carry, self._state  # not to hold two of them at once
         self._carry = initial_carry(self._num_slots)
-        self._state = sampler.init_state(self.state_rows, self.config.vocab_size)
+        self._state = sampler.init_state(rows, self.config.vocab_size)

@@ -123,6 +123,11 @@ def init_state(rows: int, vocab: int) -> SamplerState:
     return SamplerState(jnp.zeros((rows, vocab), jnp.int32), jnp.zeros((rows, vocab), jnp.float32))
 
 
+def state_bytes(rows: int, vocab: int) -> int:
+    """What a state of so many rows takes."""
+    return rows * vocab * 8
+
+
 def set_row(state: SamplerState, row: jax.Array, words: jax.Array, bias: jax.Array) -> SamplerState:
     """Replaces row ``row`` (i32 scalar, not 0) by what ``state_row`` made.
 

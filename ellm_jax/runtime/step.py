@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -16,23 +15,11 @@ from ellm_jax.runtime import sampler
 from ellm_jax.runtime.batch import StepLayout, resolve_tokens
 from ellm_jax.runtime.ops import NativeOps
 from ellm_jax.runtime.sampler import Logprobs, SamplerState
+from ellm_jax.runtime.shapes import StepMode
 from ellm_jax.sampling import MAX_LOGPROBS
 
 # Prompt rows whose logits exist at once: with a vocabulary of 128K, 16 rows take 8 MiB.
 _PROMPT_ROWS = 16
-
-
-@dataclass(frozen=True)
-class StepMode:
-    """What a step does besides the forward pass; each mode is compiled on its own.
-
-    Attributes:
-        logprobs: report log probabilities of the sampled rows.
-        prompt_logprobs: report log probabilities of the prompt's tokens.
-    """
-
-    logprobs: bool = False
-    prompt_logprobs: bool = False
 
 
 class StepCarry(NamedTuple):
@@ -104,12 +91,16 @@ def _prompt_logprobs(
     model: Decoder, hidden: jax.Array, targets: jax.Array, meta: jax.Array
 ) -> Logprobs:
     """Log probabilities of `targets` (i32[T]) after `hidden` ([T, H]), a few rows at a time."""
-    rows = min(_PROMPT_ROWS, hidden.shape[0])
+    count = hidden.shape[0]
+    rows = min(_PROMPT_ROWS, count)
+    padding = -count % rows
+    hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, rows, hidden.shape[-1])
+    targets = jnp.pad(targets, (0, padding)).reshape(-1, rows)
     ops = NativeOps(meta, jnp.full(1, rows, jnp.int32))
 
     def block(inputs: tuple[jax.Array, jax.Array]) -> Logprobs:
         hidden, targets = inputs
         return sampler.logprobs(model.logits(hidden, ops), targets, MAX_LOGPROBS)
 
-    blocks = lax.map(block, (hidden.reshape(-1, rows, hidden.shape[-1]), targets.reshape(-1, rows)))
-    return Logprobs(*(x.reshape(hidden.shape[0], *x.shape[2:]) for x in blocks))
+    blocks = lax.map(block, (hidden, targets))
+    return Logprobs(*(x.reshape(-1, *x.shape[2:])[:count] for x in blocks))

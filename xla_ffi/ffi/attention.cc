@@ -83,7 +83,9 @@ xf::Error attention_impl(xf::ThreadPool pool, xf::AnyBuffer q, xf::AnyBuffer k, 
     return invalid("metadata is too short");
   }
   std::memcpy(&header, meta.typed_data(), sizeof header);
-  epoch_out->typed_data()[0] = epoch.typed_data()[0] + 1;
+  // Unsigned, so that it may wrap around.
+  epoch_out->typed_data()[0] =
+      static_cast<int32_t>(static_cast<uint32_t>(epoch.typed_data()[0]) + 1u);
 
   const int64_t rows = qd[0];
   const int64_t row_bytes = qd[1] * qd[2] * (type == xf::DataType::F32 ? 4 : 2);
