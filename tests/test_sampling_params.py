@@ -40,11 +40,11 @@ def test_defaults_are_those_of_vllm():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", value) for value in (-0.1, NAN, INF, 1e-9, 1e39, 10**400)]
+    [("temperature", value) for value in (-0.1, NAN, INF, 1e-9, 1e39)]
     + [("top_p", value) for value in (0, -1, 1.01, NAN, 1e-320)]
     + [("top_k", value) for value in (-2, 2**31)]
     + [("min_p", value) for value in (-0.1, 1.1, NAN)]
-    + [("repetition_penalty", value) for value in (0, -1, NAN, INF, 1e39, 1e-320, 10**400)]
+    + [("repetition_penalty", value) for value in (0, -1, NAN, INF, 1e39, 1e-320)]
     + [("presence_penalty", value) for value in (-2.1, 2.1, NAN)]
     + [("frequency_penalty", value) for value in (-2.1, 2.1, NAN)]
     + [("seed", value) for value in (2**64, -(2**63) - 1)]
@@ -53,22 +53,29 @@ def test_defaults_are_those_of_vllm():
     + [
         ("n", 0),
         ("n", 129),
-        ("n", 10**400),
-        ("top_k", 10**5000),
-        ("temperature", 10**5000),
         ("max_tokens", 0),
         ("min_tokens", -1),
         ("min_tokens", 17),
         ("stop", [""]),
     ]
     + [("stop", ["x"] * 65), ("stop_token_ids", [-1]), ("logit_bias", {-1: 0.0})]
-    + [("logit_bias", {0: NAN}), ("logit_bias", {0: 101}), ("logit_bias", {0: 10**400})],
+    + [("logit_bias", {0: NAN}), ("logit_bias", {0: 101})],
 )
 def test_refuses_values_out_of_range(name, value):
     with pytest.raises(ValueError, match=name) as caught:
         SamplingParams(**{name: value})
     message = str(caught.value)
     assert ";" in message or "leave it out" in message, f"no remedy in {message!r}"
+
+
+@pytest.mark.parametrize("digits", [400, 5000])
+@pytest.mark.parametrize(
+    "name", ["n", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "logit_bias"]
+)
+def test_refuses_integers_that_no_float_holds(name, digits):
+    value = 10**digits
+    with pytest.raises(ValueError, match=rf"^{name}.*=\(a number of \d+ bits\): must be"):
+        SamplingParams(**{name: {0: value} if name == "logit_bias" else value})
 
 
 @pytest.mark.parametrize(
