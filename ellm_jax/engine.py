@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ellm_jax import _native
 from ellm_jax.assembly import TINY_MODEL, Assembly, assemble
 from ellm_jax.config import EngineConfig
-from ellm_jax.intake import Group, Intake, Prompt, is_single
+from ellm_jax.intake import Group, Intake, Prompt, is_single, params_per_prompt
 from ellm_jax.loop_stats import LoopStats
 from ellm_jax.memory.report import MemoryReport
 from ellm_jax.outputs import RequestOutput
@@ -128,7 +128,7 @@ class Engine:
         now = time.monotonic()
         groups = [
             self._intake.group(prompt, each, self._next_id(), now)
-            for prompt, each in zip(several, _one_each(params, len(several)), strict=True)
+            for prompt, each in zip(several, params_per_prompt(params, len(several)), strict=True)
         ]
         finished: queue.SimpleQueue[Group] = queue.SimpleQueue()
 
@@ -466,15 +466,3 @@ def _keeps_stop(request: Request) -> bool:
     """Whether the stop token's text belongs to the output: asked for, or not reached min_tokens."""
     params = request.params
     return params.include_stop_str_in_output or len(request.output_ids) <= params.min_tokens
-
-
-def _one_each(
-    params: SamplingParams | Sequence[SamplingParams] | None, count: int
-) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise ValueError(
-            f"{len(params)} sampling parameters for {count} prompts; give one for all, or one each"
-        )
-    return list(params)

@@ -410,7 +410,7 @@ def _checked_tokens(
     what: str, tokens: Sequence[int], vocab: int
 ) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     array = np.asarray(tokens, np.int64).reshape(-1)
-    if array.size and (array.min() < 0 or array.max() >= vocab):
-        bad = array[(array < 0) | (array >= vocab)][0]
-        raise ValueError(f"{what} token {bad}: the vocabulary has ids from 0 to {vocab - 1}")
+    outside = array[(array < 0) | (array >= vocab)]
+    if outside.size:
+        raise ValueError(f"{what} token {outside[0]}: the vocabulary has ids from 0 to {vocab - 1}")
     return array
