@@ -104,9 +104,19 @@ class Corpus:
         Only the first round is a surprise to a model that has learned to look back and copy, which
         is what keeps names and things the same in a story. It has no BOS, so no text begins so.
         """
-        pool = words.GIRLS + words.BOYS + words.PET_NAMES + words.ANIMALS + words.NOUNS["thing"]
+        pool = (
+            words.GIRLS
+            + words.BOYS
+            + words.SHE_PETS
+            + words.HE_PETS
+            + words.ANIMALS
+            + words.NOUNS["thing"]
+        )
         chosen = [self.rng.choice(pool) for _ in range(self.rng.randrange(4, 24))]
-        chosen += [invented_name(self.rng) for _ in range(self.rng.randrange(3))]
+        chosen += [
+            invented_name(self.rng, self.rng.choice(("he", "she")))
+            for _ in range(self.rng.randrange(3))
+        ]
         self.rng.shuffle(chosen)
         rounds = max(2, 80 // len(chosen))
         return " ".join(chosen * rounds) + EOS
@@ -114,9 +124,9 @@ class Corpus:
     def document(self) -> str:
         """A text from BOS to EOS."""
         roll = self.rng.random()
-        if roll < 0.62:
+        if roll < 0.54:
             body = self.story().text
-        elif roll < 0.76:
+        elif roll < 0.66:
             body = self._from_the_middle()
         else:
             return BOS + self._chat()
@@ -183,7 +193,7 @@ class Corpus:
         assert hero is not None
         lines = self.openings["intro"]
         # Half of the stories open in the few ways that readers will try first.
-        lines = lines[:12] if rng.random() < 0.5 else lines
+        lines = lines[:15] if rng.random() < 0.5 else lines
         if asked and hero.group == "kid":
             lines = tuple(line for line in lines if ".intro" in line)
         text = scene.tell(rng.choice(lines))

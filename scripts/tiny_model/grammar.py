@@ -88,7 +88,7 @@ class Character:
 
     def again(self, rng: random.Random) -> str:
         """A later mention."""
-        if self.name and (self.group == "kid" or rng.random() < 0.85):
+        if self.name and (self.group == "kid" or rng.random() < 0.95):
             return self.name
         small = self.adjective in ("little", "small", "young", "old")
         return f"the {self.adjective + ' ' if small and rng.random() < 0.25 else ''}{self.kind}"
@@ -97,9 +97,11 @@ class Character:
         return self.name or self.kind.title()
 
 
-def invented_name(rng: random.Random) -> str:
+def invented_name(rng: random.Random, gender: str) -> str:
+    """A name that nobody has; those of girls end in "a"."""
     parts = [rng.choice(words.SYLLABLES) for _ in range(rng.choice((1, 2, 2)))]
-    return ("".join(parts) + rng.choice(words.NAME_ENDS)).title()
+    end = rng.choice(words.SHE_ENDS if gender == "she" else words.HE_ENDS)
+    return ("".join(parts) + end).title()
 
 
 def make_character(
@@ -124,7 +126,7 @@ def make_character(
 def _child(rng: random.Random, gender: str, unlike: Character | None) -> Character:
     names = words.GIRLS if gender == "she" else words.BOYS
     if rng.random() < 0.12:
-        names = tuple(invented_name(rng) for _ in range(3))
+        names = tuple(invented_name(rng, gender) for _ in range(3))
     name = rng.choice([each for each in names if unlike is None or each != unlike.name])
     adjective = rng.choice(("little", "little", "", *words.CHILD_ADJECTIVES))
     return Character("girl" if gender == "she" else "boy", name, adjective, gender, "kid")
@@ -143,15 +145,16 @@ def _grown_up(rng: random.Random, kinds: Sequence[str], gender: str) -> Characte
 def _animal_or_creature(
     rng: random.Random, group: str, gender: str, kinds: Sequence[str], unlike: Character | None
 ) -> Character:
-    pool = tuple(kinds) or _KINDS[group]
-    kind = rng.choice([each for each in pool if unlike is None or each != unlike.kind])
-    names = words.PET_NAMES if rng.random() > 0.1 else (invented_name(rng),)
-    free = [each for each in names if unlike is None or each != unlike.name]
-    named = group == "pet" or rng.random() < 0.6
+    pool = [kind for kind in kinds or _KINDS[group] if unlike is None or kind != unlike.kind]
+    alike = [kind for kind in pool if (kind in words.SHE_KINDS) == (gender == "she")]
+    named = group == "pet" or not alike or rng.random() < 0.6
+    names = words.SHE_PETS if gender == "she" else words.HE_PETS
+    if rng.random() < 0.1:
+        names = (invented_name(rng, gender),)
     adjectives = words.CREATURE_ADJECTIVES if group == "creature" else words.ANIMAL_ADJECTIVES
     return Character(
-        kind=kind,
-        name=rng.choice(free) if named and free else "",
+        kind=rng.choice(pool if named else alike),
+        name=rng.choice(names) if named else "",
         adjective="big" if group == "giant" else rng.choice(("little", *adjectives)),
         gender=gender,
         group="animal" if group == "pet" else group,

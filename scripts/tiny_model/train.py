@@ -144,9 +144,9 @@ def schedule(done: float, peak: float) -> float:
     return peak * min(1.0, done / 0.02 + 0.01, (1.0 - done) / 0.5 + 0.005)
 
 
-def drill_share(done: float) -> float:
-    """Half of the documents at first, none after a third of the run."""
-    return 0.5 * min(1.0, max(0.0, (0.33 - done) / 0.25))
+def drill_share(done: float, first: float) -> float:
+    """Many of the documents at first, none after a third of the run."""
+    return first * min(1.0, max(0.0, (0.33 - done) / 0.25))
 
 
 def arguments() -> argparse.Namespace:
@@ -160,6 +160,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="rows per step")
     parser.add_argument("--length", type=int, default=288, help="tokens per row")
     parser.add_argument("--rate", type=float, default=3e-3, help="highest learning rate")
+    parser.add_argument("--drills", type=float, default=0.5, help="share of drills at first")
     parser.add_argument("--save-minutes", type=float, default=5.0, help="between checkpoints")
     return parser.parse_args()
 
@@ -186,9 +187,12 @@ def train(
     step = make_step(graph, optimizer)
     # Without --steps the total is an estimate, made anew every few steps.
     total, done = args.steps or _TIMED_STEPS * 50, 0
-    corpus = Corpus(args.seed)
     batches = rows(
-        corpus, tokenizer, args.length, args.batch, drills=lambda: drill_share(done / total)
+        Corpus(args.seed),
+        tokenizer,
+        args.length,
+        args.batch,
+        drills=lambda: drill_share(done / total, args.drills),
     )
     started = saved = time.monotonic()
     losses: deque[float] = deque(maxlen=50)

@@ -23,17 +23,20 @@ BOYS = _words(
     Nick Omar Otto Ray Rob Simon Ted Will Alex Anton Carl Dan Eric Felix Fred George Hugo Ian Ivan
     Jonas Karl Liam Mark Ned Oliver Pablo Ravi Toby Victor"""
 )
-PET_NAMES = _words(
-    """Pip Rusty Coco Bella Spot Fluffy Biscuit Pepper Honey Ginger Hop Nibbles Sunny Shadow Patch
-    Bubbles Daisy Dusty Button Whiskers Poppy Willow Clover Maple Snowy Bruno Benny Dot Fern Gus
-    Hazel Jojo Kiki Lulu Mimi Momo Nutmeg Olly Pickle Rolo Sandy Teddy Toffee Waffles Ziggy Mossy
-    Bramble Pebble Twiggy Puff"""
+SHE_PETS = _words(
+    """Coco Bella Fluffy Pepper Honey Ginger Bubbles Daisy Poppy Willow Clover Maple Snowy Dot Fern
+    Hazel Kiki Lulu Mimi Sandy Mossy Puff Twiggy Pickle Pebble"""
+)
+HE_PETS = _words(
+    """Pip Rusty Biscuit Spot Hop Nibbles Sunny Shadow Patch Dusty Button Whiskers Bruno Benny Gus
+    Jojo Momo Nutmeg Olly Rolo Teddy Toffee Waffles Ziggy Bramble"""
 )
 SYLLABLES = _words(
     """ba bo da di fa fi ga ha jo ka ki la li lo lu ma mi mo na ni no pa pe ra ri ro sa se ta ti
     to va vi za zo"""
 )
-NAME_ENDS = ("n", "r", "s", "l", "ra", "na", "lo", "ka", "mi", "x", "th", "by", "do", "la", "")
+SHE_ENDS = ("ra", "na", "ka", "la", "da")
+HE_ENDS = ("n", "r", "s", "l", "x", "th", "by", "do")
 
 ANIMALS = _words(
     """dog cat fox rabbit bear mouse squirrel owl frog duck pig cow horse sheep goat lamb kitten
@@ -41,6 +44,11 @@ ANIMALS = _words(
     badger pony goose raccoon crow snail bee parrot giraffe zebra hippo panda koala kangaroo seal
     crab bunny camel mole hamster lizard swan robin chick dog cat
     fox rabbit bear mouse dog cat fox rabbit bear mouse elephant lion bird duck"""
+)
+# Without a name these are "she" and all others "he": one thing less to keep in mind.
+SHE_KINDS = _words(
+    """cat hen cow sheep kitten squirrel bird duck mouse deer bee swan robin chick lamb koala
+    kangaroo giraffe zebra otter seal goose owl bunny hamster panda fairy ghost mermaid unicorn"""
 )
 PETS = ("dog", "cat", "rabbit", "kitten", "puppy", "hamster", "parrot", "turtle", "pony", "bunny")
 # Kind and pronoun of people who can be a hero without a name.
