@@ -501,6 +501,20 @@ def test_a_failed_engine_tells_everybody_and_gives_its_memory_back(
     engine._loop._leaving.clear()
 
 
+def test_an_error_in_a_call_reaches_its_caller_and_the_engine_goes_on(
+    tiny_checkpoint, make_engine, monkeypatch
+):
+    engine = make_engine(tiny_checkpoint("llama"))
+
+    def refuse():
+        raise RuntimeError("injected: no warm-up")
+
+    monkeypatch.setattr(engine._loop.compiler, "warm_up_all", refuse)
+    with pytest.raises(RuntimeError, match="injected"):
+        engine.warm_up()
+    assert len(engine.generate([5, 6], greedy(3))[0].token_ids) == 3
+
+
 def test_closing_ends_what_runs_and_refuses_what_comes(tiny_checkpoint, make_engine):
     engine = make_engine(tiny_checkpoint("llama", context=1024))
     stream = engine.stream([4, 5, 6], greedy(900))
