@@ -256,8 +256,11 @@ def test_bad_requests_get_a_clear_error_and_the_engine_goes_on(
 def test_a_request_that_can_never_fit_is_told_which_limit(tiny_checkpoint, make_engine):
     path = tiny_checkpoint("llama", context=1024)
     engine = make_engine(path, device_memory="8MiB", max_batch_tokens=32, max_num_seqs=2)
-    with pytest.raises(ValueError, match=r"device_memory leaves .* raise device_memory, or"):
+    refusal = r"device_memory leaves .* raise device_memory, or "
+    with pytest.raises(ValueError, match=refusal + "shorten the prompt"):
         engine.generate([5] * 900, greedy(100))
+    with pytest.raises(ValueError, match=refusal + "lower max_tokens"):
+        engine.generate([5] * 20, greedy(900))
     assert len(engine.generate([5] * 20, greedy(100))[0].token_ids) == 100
 
 
