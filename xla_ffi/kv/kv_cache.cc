@@ -3,17 +3,10 @@
 #include <algorithm>
 #include <string>
 
+#include "kv/entry.h"
 #include "memory/text.h"
 
 namespace ellm {
-namespace {
-
-Status of_slot(int64_t slot, const Status& s) {
-  return Status(s.code(), "slot " + std::to_string(slot) + ": " + s.message());
-}
-
-}  // namespace
-
 const char* slot_state_name(SlotState state) {
   switch (state) {
     case SlotState::kFree:
@@ -22,37 +15,13 @@ const char* slot_state_name(SlotState state) {
       return "active";
     case SlotState::kAvailable:
       return "available";
+    case SlotState::kDying:
+      return "dying";
     case SlotState::kBroken:
       return "broken";
   }
   return "unknown";
 }
-
-// Lets one thread at a time past, and none past close().
-class KvCache::Entry {
- public:
-  explicit Entry(KvCache* cache) : cache_(cache), first_(!cache->busy_.exchange(true)) {}
-  ~Entry() {
-    if (first_) cache_->busy_.store(false);
-  }
-  Status status() const {
-    if (!first_) {
-      return Status(Code::kInvalid,
-                    "two threads change the KV cache at once; use it from one thread");
-    }
-    return Status::Ok();
-  }
-  Status status_if_open() const {
-    if (first_ && cache_->closed_) {
-      return Status(Code::kInvalid, "the KV cache is closed; make a new one");
-    }
-    return status();
-  }
-
- private:
-  KvCache* cache_;
-  bool first_;
-};
 
 Result<std::shared_ptr<KvCache>> KvCache::Create(std::shared_ptr<ChunkPool> pool,
                                                  const KvLayout& layout) {
@@ -71,7 +40,11 @@ Result<std::shared_ptr<KvCache>> KvCache::Create(std::shared_ptr<ChunkPool> pool
 }
 
 KvCache::KvCache(std::shared_ptr<ChunkPool> pool, const KvLayout& layout, std::byte* base)
-    : pool_(std::move(pool)), layout_(layout), base_(base), last_seen_(layout.num_slots, 0) {
+    : pool_(std::move(pool)),
+      layout_(layout),
+      base_(base),
+      last_seen_(layout.num_slots, 0),
+      worker_(layout.num_slots) {
   slots_.reserve(layout_.num_slots);
   for (int64_t i = 0; i < layout_.num_slots; ++i) {
     slots_.emplace_back(VirtualTensor(pool_.get(), &map_stats_, base_ + i * layout_.slot_bytes,
@@ -116,9 +89,37 @@ void KvCache::publish(Slot* slot) {
   slot->state.store(state, std::memory_order_release);
 }
 
-void KvCache::give_to(Slot* slot, Owner owner) {
-  // Cannot fail: the tensor holds a reference to each.
-  for (const ChunkId id : slot->tensor.chunks()) (void)pool_->reassign(id, owner);
+size_t KvCache::await_dying_slots() {
+  size_t back = 0;
+  for (Slot& slot : slots_) {
+    if (slot.held || settled(slot)) continue;
+    worker_.wait_for(index_of(&slot));
+    if (slot.tensor.state() == TensorState::kBroken) continue;
+    back += static_cast<size_t>(slot.dying_chunks.load(std::memory_order_relaxed));
+  }
+  return back;
+}
+
+bool KvCache::await_dying_slot() {
+  for (const Slot& slot : slots_) {
+    if (slot.held || settled(slot)) continue;
+    worker_.wait_for(index_of(&slot));
+    return true;
+  }
+  return false;
+}
+
+Status KvCache::no_slot_left() const {
+  return Status(Code::kOutOfMemory, "a slot was asked for, but all " +
+                                        std::to_string(layout_.num_slots) +
+                                        " are in use; finish a request or have more slots");
+}
+
+int32_t KvCache::hand_out(Slot* slot) {
+  slot->held = true;
+  slot->tensor.revive();
+  publish(slot);
+  return index_of(slot);
 }
 
 Result<int32_t> KvCache::take_slot(int64_t tokens) {
@@ -126,164 +127,131 @@ Result<int32_t> KvCache::take_slot(int64_t tokens) {
   if (Status s = entry.status_if_open(); !s.ok()) return s;
   if (Status s = check_tokens(tokens); !s.ok()) return s;
   const auto need = static_cast<size_t>(layout_.chunks_for(tokens));
-  Slot* best_fit = nullptr;
-  Slot* unmapped = nullptr;
-  Slot* largest = nullptr;
-  for (Slot& slot : slots_) {
-    const size_t mapped = slot.tensor.chunks().size();
-    const SlotState state = slot.state.load(std::memory_order_relaxed);
-    if (state == SlotState::kFree && unmapped == nullptr) unmapped = &slot;
-    if (state != SlotState::kAvailable) continue;
-    if (largest == nullptr || mapped > largest->tensor.chunks().size()) largest = &slot;
-    if (mapped >= need && (best_fit == nullptr || mapped < best_fit->tensor.chunks().size())) {
-      best_fit = &slot;
-    }
-  }
-  Slot* const slot = best_fit != nullptr ? best_fit : unmapped != nullptr ? unmapped : largest;
-  if (slot == nullptr) {
-    return Status(Code::kOutOfMemory, "a slot was asked for, but all " +
-                                          std::to_string(layout_.num_slots) +
-                                          " are in use; finish a request or have more slots");
-  }
-  slot->held = true;
-  give_to(slot, Owner::kKv);
-  publish(slot);
-  return static_cast<int32_t>(slot - slots_.data());
-}
-
-Status KvCache::extend(size_t n, const int32_t* slots, const int64_t* tokens) {
-  Entry entry(this);
-  if (Status s = entry.status_if_open(); !s.ok()) return s;
-  ++extend_calls_;
-  size_t missing = 0;
-  for (size_t i = 0; i < n; ++i) {
-    if (Status s = check_held(slots[i], "extend"); !s.ok()) return s;
-    if (Status s = check_tokens(tokens[i]); !s.ok()) return of_slot(slots[i], s);
-    const Slot& slot = slots_[slots[i]];
-    if (slot.tensor.state() == TensorState::kBroken) {
-      return Status(Code::kInvalid, "cannot extend slot " + std::to_string(slots[i]) +
-                                        ", which is broken: release it");
-    }
-    if (std::exchange(last_seen_[slots[i]], extend_calls_) == extend_calls_) {
-      return Status(Code::kInvalid, "slot " + std::to_string(slots[i]) +
-                                        " is listed twice in one extend; list it once");
-    }
-    const auto need = static_cast<size_t>(layout_.chunks_for(tokens[i]));
-    missing += need - std::min(need, slot.tensor.chunks().size());
-  }
-  if (missing == 0) return Status::Ok();
-  std::vector<ChunkId> ids;
-  ids.reserve(missing);
-  if (Status s = acquire(missing, &ids); !s.ok()) return s;
-  return map_all(n, slots, tokens, ids);
-}
-
-Status KvCache::map_all(size_t n, const int32_t* slots, const int64_t* tokens,
-                        const std::vector<ChunkId>& ids) {
-  Status failure = Status::Ok();
-  size_t used = 0;
-  size_t reached = 0;
-  for (; reached < n && failure.ok(); ++reached) {
-    VirtualTensor& tensor = slots_[slots[reached]].tensor;
-    const auto need = static_cast<size_t>(layout_.chunks_for(tokens[reached]));
-    if (need <= tensor.chunks().size()) continue;
-    const auto first = ids.begin() + static_cast<ptrdiff_t>(used);
-    used += need - tensor.chunks().size();
-    failure = tensor.extend({first, ids.begin() + static_cast<ptrdiff_t>(used)});
-    if (!failure.ok()) failure = of_slot(slots[reached], failure);
-  }
-  if (!failure.ok()) {
-    for (size_t i = 0; i < reached; ++i) {
-      Slot& slot = slots_[slots[i]];
-      if (slot.tensor.state() == TensorState::kBroken) continue;  // The one that failed.
-      const auto before = static_cast<size_t>(slot.mapped_chunks.load(std::memory_order_relaxed));
-      if (Status s = slot.tensor.truncate(before); !s.ok()) {
-        failure = Status(s.code(), failure.message() + "; then slot " + std::to_string(slots[i]) +
-                                       ": " + s.message());
+  do {
+    Slot* best_fit = nullptr;
+    Slot* unmapped = nullptr;
+    Slot* largest = nullptr;
+    for (Slot& slot : slots_) {
+      if (slot.held || !settled(slot)) continue;
+      const size_t mapped = slot.tensor.chunks().size();
+      const SlotState state = slot.state.load(std::memory_order_relaxed);
+      if (state == SlotState::kFree && unmapped == nullptr) unmapped = &slot;
+      if (state != SlotState::kAvailable) continue;
+      if (largest == nullptr || mapped > largest->tensor.chunks().size()) largest = &slot;
+      if (mapped >= need && (best_fit == nullptr || mapped < best_fit->tensor.chunks().size())) {
+        best_fit = &slot;
       }
     }
-    for (size_t i = used; i < ids.size(); ++i) (void)pool_->release(ids[i]);
-  }
-  for (size_t i = 0; i < reached; ++i) publish(&slots_[slots[i]]);
-  return failure;
+    Slot* const slot = best_fit != nullptr ? best_fit : unmapped != nullptr ? unmapped : largest;
+    if (slot != nullptr) return hand_out(slot);
+  } while (await_dying_slot());
+  return no_slot_left();
 }
 
-Status KvCache::acquire(size_t n, std::vector<ChunkId>* ids) {
-  for (;;) {
-    Status s = pool_->acquire(Owner::kKv, n, ids);
-    if (s.code() != Code::kOutOfMemory) return s;
-    const size_t obtainable = pool_->usage().obtainable / pool_->chunk_bytes();
-    if (obtainable >= n) continue;  // Another user of the pool has given some back meanwhile.
-    size_t available = 0;
-    for (const Slot& slot : slots_) {
-      if (slot.state == SlotState::kAvailable) available += slot.tensor.chunks().size();
-    }
-    if (available < n - obtainable) return s;  // Not even all of it would do: keep it.
-    size_t given = 0;
-    const Status reclaimed = reclaim_chunks(n - obtainable, &given);
-    if (given > 0) continue;
-    return reclaimed.ok() ? s : Status(s.code(), s.message() + "; " + reclaimed.message());
-  }
-}
-
-Status KvCache::truncate(int32_t slot_id, int64_t tokens) {
+Result<int32_t> KvCache::take_empty_slot() {
   Entry entry(this);
   if (Status s = entry.status_if_open(); !s.ok()) return s;
-  if (Status s = check_held(slot_id, "truncate"); !s.ok()) return s;
-  if (Status s = check_tokens(tokens); !s.ok()) return of_slot(slot_id, s);
-  Slot& slot = slots_[slot_id];
-  const auto keep = static_cast<size_t>(layout_.chunks_for(tokens));
-  if (slot.tensor.state() != TensorState::kBroken && keep >= slot.tensor.chunks().size()) {
-    return Status::Ok();
+  Status failure = no_slot_left();
+  for (;;) {
+    Slot* smallest = nullptr;
+    for (Slot& slot : slots_) {
+      if (slot.held || !settled(slot)) continue;
+      const SlotState state = slot.state.load(std::memory_order_relaxed);
+      if (state == SlotState::kFree) return hand_out(&slot);
+      if (state != SlotState::kAvailable) continue;
+      if (smallest == nullptr || slot.tensor.chunks().size() < smallest->tensor.chunks().size()) {
+        smallest = &slot;
+      }
+    }
+    if (smallest == nullptr) {
+      if (!await_dying_slot()) return failure;
+      continue;
+    }
+    Status s = unmap_dead(smallest, 0);
+    if (s.ok()) return hand_out(smallest);
+    failure = of_slot(index_of(smallest), s);  // That slot is broken now; there may be others.
   }
-  // Readers learn of it before the memory goes.
-  slot.mapped_chunks.store(static_cast<int64_t>(keep), std::memory_order_release);
-  Status s = slot.tensor.truncate(keep);
-  publish(&slot);
-  return s.ok() ? s : of_slot(slot_id, s);
+}
+
+size_t KvCache::let_go(Slot* slot) {
+  slot->held = false;
+  if (slot->tensor.state() == TensorState::kBroken) {
+    slot->dying_chunks.store(0, std::memory_order_relaxed);
+    return 0;
+  }
+  const Retired retired = slot->tensor.retire();
+  slot->dying_chunks.store(static_cast<int64_t>(retired.exclusive - retired.leading),
+                           std::memory_order_relaxed);
+  return retired.leading;
+}
+
+Status KvCache::unmap_dead(Slot* slot, size_t keep) {
+  Status s = Status::Ok();
+  if (slot->tensor.state() == TensorState::kBroken) {
+    s = slot->tensor.repair();
+  } else {
+    slot->mapped_chunks.store(static_cast<int64_t>(keep), std::memory_order_release);
+    s = slot->tensor.truncate(keep);
+    if (!s.ok()) slot->tensor.revive();  // Out of reach, so it must not be counted as free.
+  }
+  publish(slot);
+  return s;
 }
 
 Status KvCache::release(int32_t slot_id) {
   Entry entry(this);
   if (Status s = entry.status_if_open(); !s.ok()) return s;
   if (Status s = check_held(slot_id, "release"); !s.ok()) return s;
+  worker_.wait_for(slot_id);
   Slot& slot = slots_[slot_id];
-  slot.held = false;
-  Status s = Status::Ok();
-  if (slot.tensor.state() == TensorState::kBroken) {
-    s = slot.tensor.repair();
-  } else {
-    const std::vector<ChunkId>& chunks = slot.tensor.chunks();
-    const auto shared = std::find_if(chunks.begin(), chunks.end(), [this](ChunkId id) {
-      const Result<uint32_t> references = pool_->references(id);
-      return !references.ok() || references.value() != 1;
-    });
-    const auto keep = static_cast<size_t>(shared - chunks.begin());
-    slot.mapped_chunks.store(static_cast<int64_t>(keep), std::memory_order_release);
-    s = slot.tensor.truncate(keep);
-    if (s.ok()) give_to(&slot, Owner::kAvailable);
-  }
-  publish(&slot);
+  Status s = unmap_dead(&slot, let_go(&slot));
   return s.ok() ? s : of_slot(slot_id, s);
 }
 
-Status KvCache::reclaim_chunks(size_t n, size_t* given) {
-  Status first = Status::Ok();
-  const auto settle = [&](Slot* slot, size_t before, const Status& s) {
-    *given += before - slot->tensor.chunks().size();
-    if (!s.ok()) {
-      // Out of reach, so it must not be counted as free.
-      if (slot->state == SlotState::kAvailable) give_to(slot, Owner::kKv);
-      if (first.ok()) first = of_slot(slot - slots_.data(), s);
+Status KvCache::release_async(int32_t slot_id) {
+  Entry entry(this);
+  if (Status s = entry.status_if_open(); !s.ok()) return s;
+  if (Status s = check_held(slot_id, "release"); !s.ok()) return s;
+  worker_.wait_for(slot_id);
+  Slot& slot = slots_[slot_id];
+  const size_t keep = let_go(&slot);
+  if (slot.tensor.state() != TensorState::kBroken) {
+    if (keep == slot.tensor.chunks().size()) {
+      publish(&slot);
+      return Status::Ok();
     }
-    publish(slot);
-  };
+    slot.mapped_chunks.store(static_cast<int64_t>(keep), std::memory_order_release);
+    slot.state.store(SlotState::kDying, std::memory_order_release);
+  }
+  pool_->expect_return();
+  worker_.post({{slot_id, [this, &slot, keep] {
+                   (void)unmap_dead(&slot, keep);  // A failure shows in the slot's state.
+                   pool_->return_settled();
+                 }}});
+  return Status::Ok();
+}
+
+Status KvCache::settle() {
+  Entry entry(this);
+  if (Status s = entry.status_if_open(); !s.ok()) return s;
+  worker_.settle();
+  return Status::Ok();
+}
+
+Status KvCache::reclaim_chunks(size_t n, size_t* given) {
   *given = 0;
+  if (n == 0) return Status::Ok();
+  *given = await_dying_slots();
+  Status first = Status::Ok();
+  const auto unmap = [&](Slot* slot, size_t keep) {
+    const size_t before = slot->tensor.chunks().size();
+    Status s = unmap_dead(slot, keep);
+    *given += before - slot->tensor.chunks().size();
+    if (!s.ok() && first.ok()) first = of_slot(index_of(slot), s);
+  };
   for (Slot& slot : slots_) {
     if (*given >= n) return first;
-    if (slot.held || slot.tensor.state() != TensorState::kBroken) continue;
-    const size_t before = slot.tensor.chunks().size();
-    settle(&slot, before, slot.tensor.repair());
+    if (!slot.held && slot.tensor.state() == TensorState::kBroken) unmap(&slot, 0);
   }
   while (*given < n) {
     Slot* largest = nullptr;
@@ -295,9 +263,7 @@ Status KvCache::reclaim_chunks(size_t n, size_t* given) {
     }
     if (largest == nullptr) break;
     const size_t before = largest->tensor.chunks().size();
-    const size_t keep = before - std::min(before, n - *given);
-    largest->mapped_chunks.store(static_cast<int64_t>(keep), std::memory_order_release);
-    settle(largest, before, largest->tensor.truncate(keep));
+    unmap(largest, before - std::min(before, n - *given));
   }
   return first;
 }
@@ -318,6 +284,7 @@ Status KvCache::close() {
   Entry entry(this);
   if (Status s = entry.status(); !s.ok()) return s;
   closed_ = true;
+  worker_.stop();
   if (addresses_released_) return Status::Ok();
   Status first = Status::Ok();
   for (Slot& slot : slots_) {
@@ -325,8 +292,8 @@ Status KvCache::close() {
     slot.mapped_chunks.store(0, std::memory_order_release);
     Status s = slot.tensor.release();
     if (!s.ok()) {
-      if (slot.state == SlotState::kAvailable) give_to(&slot, Owner::kKv);
-      if (first.ok()) first = of_slot(&slot - slots_.data(), s);
+      slot.tensor.revive();
+      if (first.ok()) first = of_slot(index_of(&slot), s);
     }
     publish(&slot);
   }
@@ -353,7 +320,9 @@ SlotState KvCache::slot_state(int32_t slot) const {
 
 const std::vector<ChunkId>& KvCache::slot_chunks(int32_t slot) const {
   static const std::vector<ChunkId> none;
-  return exists(slot) ? slots_[slot].tensor.chunks() : none;
+  if (!exists(slot)) return none;
+  worker_.wait_for(slot);
+  return slots_[slot].tensor.chunks();
 }
 
 KvStats KvCache::stats() const {
@@ -371,6 +340,12 @@ KvStats KvCache::stats() const {
       case SlotState::kAvailable:
         ++stats.available_slots;
         stats.available_bytes += bytes;
+        break;
+      case SlotState::kDying:
+        ++stats.dying_slots;
+        stats.available_bytes += bytes;
+        stats.dying_bytes +=
+            slot.dying_chunks.load(std::memory_order_relaxed) * layout_.chunk_bytes;
         break;
       case SlotState::kBroken:
         ++stats.broken_slots;

@@ -16,14 +16,8 @@ constexpr const char* kOwnerNames[kOwnerCount] = {"kv",      "cache",     "activ
 size_t at(Owner owner) { return static_cast<size_t>(owner); }
 
 bool owns_chunks(Owner owner) {
-  return owner == Owner::kKv || owner == Owner::kCache || owner == Owner::kWorkspace ||
-         owner == Owner::kAvailable;
-}
-
-Status unknown_chunk(ChunkId id) {
-  return Status(Code::kInvalid, "chunk " + std::to_string(id & UINT32_MAX) + " of generation " +
-                                    std::to_string(id >> 32) +
-                                    " has no owner: it was released before, or never existed");
+  return owner == Owner::kKv || owner == Owner::kCache || owner == Owner::kActivation ||
+         owner == Owner::kWorkspace;
 }
 
 uint64_t ns_since(std::chrono::steady_clock::time_point start) {
@@ -61,21 +55,10 @@ ChunkPool::ChunkPool(std::shared_ptr<Driver> driver, size_t chunk_bytes, size_t 
 
 ChunkPool::~ChunkPool() { (void)trim(0); }
 
-const ChunkPool::Chunk* ChunkPool::find(ChunkId id) const {
-  const size_t index = id & UINT32_MAX;
-  if (index >= chunks_.size()) return nullptr;
-  const Chunk& chunk = chunks_[index];
-  return chunk.references > 0 && chunk.generation == id >> 32 ? &chunk : nullptr;
-}
-
-ChunkPool::Chunk* ChunkPool::find(ChunkId id) {
-  return const_cast<Chunk*>(std::as_const(*this).find(id));
-}
-
 ChunkId ChunkPool::own(uint32_t index, Owner owner) {
   Chunk& chunk = chunks_[index];
-  chunk.references = 1;
-  chunk.owner = owner;
+  chunk.live = 1;
+  chunk.acquired_for = chunk.owner = owner;
   ++chunk.generation;
   return ChunkId{chunk.generation} << 32 | index;
 }
@@ -176,44 +159,62 @@ Status ChunkPool::destroy_handles(const std::vector<Handle>& handles, size_t* de
     destroying_bytes_ -= handles.size() * chunk_bytes_;
     for (const Handle handle : kept) backed_.emplace(handle, add_chunk(handle));
   }
-  destroyed_.notify_all();
+  changed_.notify_all();
   return failure;
 }
 
-Status ChunkPool::acquire(Owner owner, size_t n, std::vector<ChunkId>* out) {
-  if (!owns_chunks(owner) || owner == Owner::kAvailable) {
-    return Status(Code::kInvalid, std::string("chunks cannot be acquired for ") +
-                                      owner_name(owner) + "; use kv, cache or workspace");
+Claim ChunkPool::take(Owner owner, size_t n) {
+  Claim claim{owner, n, {}};
+  claim.backed.reserve(std::min(n, backed_.size()));
+  while (claim.backed.size() < n && !backed_.empty()) {
+    claim.backed.push_back(backed_.begin()->second);
+    backed_.erase(backed_.begin());
   }
-  std::vector<uint32_t> taken;
-  size_t missing;
+  add(owner, n * chunk_bytes_);
+  note_physical();
+  return claim;
+}
+
+Status ChunkPool::acquire(Owner owner, size_t n, std::vector<ChunkId>* out) {
+  if (!owns_chunks(owner)) {
+    return Status(Code::kInvalid, std::string("chunks cannot be acquired for ") +
+                                      owner_name(owner) +
+                                      "; use kv, cache, activation or workspace");
+  }
+  Claim claim;
   {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
       if (n > (limit_ - claimed()) / chunk_bytes_) {
-        return out_of_memory(std::to_string(n) + " chunks of " + human_bytes(chunk_bytes_) +
-                             " were asked for " + owner_name(owner));
+        if (expected_returns_ == 0) {
+          return out_of_memory(std::to_string(n) + " chunks of " + human_bytes(chunk_bytes_) +
+                               " were asked for " + owner_name(owner));
+        }
+      } else if ((n - std::min(n, backed_.size())) * chunk_bytes_ <= limit_ - physical()) {
+        break;
       }
-      missing = n - std::min(n, backed_.size());
-      if (missing * chunk_bytes_ <= limit_ - physical()) break;
-      destroyed_.wait(lock);  // Somebody's trim holds the physical bytes that the ledger has free.
+      changed_.wait(lock);  // What the ledger has free may be in the middle of being destroyed.
     }
-    taken.reserve(n);
-    while (taken.size() < n - missing) {
-      taken.push_back(backed_.begin()->second);
-      backed_.erase(backed_.begin());
-    }
-    add(owner, n * chunk_bytes_);
-    note_physical();
+    claim = take(owner, n);
   }
+  return fill(std::move(claim), out);
+}
 
+Claim ChunkPool::claim_up_to(Owner owner, size_t n) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const size_t at_once = backed_.size() + (limit_ - physical()) / chunk_bytes_;
+  return take(owner, std::min({n, at_once, (limit_ - claimed()) / chunk_bytes_}));
+}
+
+Status ChunkPool::fill(Claim claim, std::vector<ChunkId>* out) {
+  const size_t missing = claim.chunks - claim.backed.size();
   std::vector<Handle> created;
   if (missing > 0) {
     if (Status failure = create_handles(missing, &created); !failure.ok()) {
       {
         std::lock_guard<std::mutex> lock(mutex_);
-        subtract(owner, n * chunk_bytes_);
-        for (const uint32_t index : taken) backed_.emplace(chunks_[index].handle, index);
+        subtract(claim.owner, claim.chunks * chunk_bytes_);
+        for (const uint32_t index : claim.backed) backed_.emplace(chunks_[index].handle, index);
         destroying_bytes_ += created.size() * chunk_bytes_;
       }
       size_t destroyed;
@@ -222,56 +223,22 @@ Status ChunkPool::acquire(Owner owner, size_t n, std::vector<ChunkId>* out) {
     }
   }
   std::lock_guard<std::mutex> lock(mutex_);
-  for (const Handle handle : created) taken.push_back(add_chunk(handle));
-  for (const uint32_t index : taken) out->push_back(own(index, owner));
+  for (const Handle handle : created) claim.backed.push_back(add_chunk(handle));
+  for (const uint32_t index : claim.backed) out->push_back(own(index, claim.owner));
   return Status::Ok();
 }
 
-Status ChunkPool::retain(ChunkId id) {
+void ChunkPool::expect_return() {
   std::lock_guard<std::mutex> lock(mutex_);
-  Chunk* chunk = find(id);
-  if (chunk == nullptr) return unknown_chunk(id);
-  ++chunk->references;
-  return Status::Ok();
+  ++expected_returns_;
 }
 
-Status ChunkPool::release(ChunkId id) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  Chunk* chunk = find(id);
-  if (chunk == nullptr) return unknown_chunk(id);
-  if (--chunk->references == 0) {
-    subtract(chunk->owner, chunk_bytes_);
-    backed_.emplace(chunk->handle, static_cast<uint32_t>(id & UINT32_MAX));
+void ChunkPool::return_settled() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    --expected_returns_;
   }
-  return Status::Ok();
-}
-
-Status ChunkPool::reassign(ChunkId id, Owner owner) {
-  if (!owns_chunks(owner)) {
-    return Status(Code::kInvalid, std::string("chunks cannot belong to ") + owner_name(owner) +
-                                      "; use kv, cache, workspace or available");
-  }
-  std::lock_guard<std::mutex> lock(mutex_);
-  Chunk* chunk = find(id);
-  if (chunk == nullptr) return unknown_chunk(id);
-  subtract(chunk->owner, chunk_bytes_);
-  add(owner, chunk_bytes_);
-  chunk->owner = owner;
-  return Status::Ok();
-}
-
-Result<Handle> ChunkPool::handle(ChunkId id) const {
-  std::lock_guard<std::mutex> lock(mutex_);
-  const Chunk* chunk = find(id);
-  if (chunk == nullptr) return unknown_chunk(id);
-  return chunk->handle;
-}
-
-Result<uint32_t> ChunkPool::references(ChunkId id) const {
-  std::lock_guard<std::mutex> lock(mutex_);
-  const Chunk* chunk = find(id);
-  if (chunk == nullptr) return unknown_chunk(id);
-  return chunk->references;
+  changed_.notify_all();
 }
 
 Status ChunkPool::reserve_bytes(Owner owner, size_t bytes) {
@@ -281,6 +248,10 @@ Status ChunkPool::reserve_bytes(Owner owner, size_t bytes) {
   for (;;) {
     std::unique_lock<std::mutex> lock(mutex_);
     if (bytes > limit_ - claimed()) {
+      if (expected_returns_ > 0) {
+        changed_.wait(lock);
+        continue;
+      }
       return out_of_memory(human_bytes(bytes) + " were asked for " + owner_name(owner));
     }
     const size_t room = limit_ - physical();
@@ -291,7 +262,7 @@ Status ChunkPool::reserve_bytes(Owner owner, size_t bytes) {
       return Status::Ok();
     }
     if (backed_.empty()) {
-      destroyed_.wait(lock);
+      changed_.wait(lock);
       continue;
     }
     const size_t needed = (bytes - room + chunk_bytes_ - 1) / chunk_bytes_;
@@ -331,6 +302,10 @@ Status ChunkPool::set_limit(size_t limit_bytes) {
   for (;;) {
     std::unique_lock<std::mutex> lock(mutex_);
     if (limit_bytes < claimed()) {
+      if (expected_returns_ > 0) {
+        changed_.wait(lock);
+        continue;
+      }
       return out_of_memory("a limit of " + human_bytes(limit_bytes) + " was asked for");
     }
     const size_t taken = physical();
@@ -339,7 +314,7 @@ Status ChunkPool::set_limit(size_t limit_bytes) {
       return Status::Ok();
     }
     if (backed_.empty()) {
-      destroyed_.wait(lock);
+      changed_.wait(lock);
       continue;
     }
     const size_t needed = (taken - limit_bytes + chunk_bytes_ - 1) / chunk_bytes_;

@@ -27,6 +27,25 @@ Result<Owner> owner_from_name(std::string_view name);
 // again, so that a stale one is refused instead of hitting somebody else's chunk.
 using ChunkId = uint64_t;
 
+// Whoever holds a chunk and works with it has a live reference; whoever only has it mapped still,
+// an idle one. The prefix cache has one of its own kind. The owner of a chunk follows from them:
+// the owner it was acquired for while there is a live one, else kCache while it is cached, else
+// kAvailable.
+enum class Reference : uint8_t { kLive, kIdle };
+
+// Chunks that are counted, but whose memory may still have to be made; see ChunkPool::claim_up_to.
+struct Claim {
+  Owner owner = Owner::kKv;
+  size_t chunks = 0;
+  std::vector<uint32_t> backed;  // Those of them that have memory.
+};
+
+// What retire() found, in chunks.
+struct Retired {
+  size_t leading;    // At the front: nobody else has a reference to them.
+  size_t exclusive;  // In all.
+};
+
 // One consistent picture of the pool, in bytes.
 // free + kv + cache + activation + weights + workspace == limit.
 struct Usage {
@@ -59,17 +78,39 @@ class ChunkPool {
   ChunkPool(const ChunkPool&) = delete;
   ChunkPool& operator=(const ChunkPool&) = delete;
 
-  // Appends `n` chunks to `out`, each with one reference; all or nothing. `owner` is kKv, kCache or
-  // kWorkspace. Errors: kOutOfMemory, kDriver, kInvalid; the ledger is then as before.
+  // Appends `n` chunks to `out`, each with one live reference; all or nothing. `owner` is kKv,
+  // kCache, kActivation or kWorkspace. Errors: kOutOfMemory, kDriver, kInvalid; the ledger is then
+  // as before.
   Status acquire(Owner owner, size_t n, std::vector<ChunkId>* out);
-  Status retain(ChunkId id);
-  // Drops a reference. With the last one the chunk becomes free and stays backed.
-  // The caller has unmapped it.
-  Status release(ChunkId id);
-  // Moves a chunk to another chunk owner (kKv, kCache, kWorkspace, kAvailable).
-  Status reassign(ChunkId id, Owner owner);
+  // The halves of acquire. The first counts up to `n` chunks as the owner's, as many as can be had
+  // at once: it neither waits nor calls the driver. The second gets the memory that they lack; it
+  // is owed for every claim. Errors of fill: kDriver; the claim is then undone.
+  Claim claim_up_to(Owner owner, size_t n);
+  Status fill(Claim claim, std::vector<ChunkId>* out);
+
+  // One more live reference to each chunk; all or nothing. Errors: kInvalid, also for chunks with
+  // idle references only: whoever maps those is about to let go.
+  Status retain(const std::vector<ChunkId>& ids);
+  Status retain(ChunkId id) { return retain(std::vector<ChunkId>{id}); }
+  // Drops a reference to each, going on after an error. With the last one a chunk becomes free and
+  // stays backed. The caller has unmapped it. Errors: kInvalid.
+  Status release(const std::vector<ChunkId>& ids, Reference kind = Reference::kLive);
+  Status release(ChunkId id) { return release(std::vector<ChunkId>{id}); }
+  // A live reference to each becomes an idle one, and the reverse. The caller holds them.
+  Retired retire(const std::vector<ChunkId>& ids);
+  void revive(const std::vector<ChunkId>& ids);
+  // The prefix cache takes its one reference to each chunk; all or nothing. Errors: kInvalid, for
+  // chunks that are nobody's live KV or are cached already.
+  Status cache(const std::vector<ChunkId>& ids);
+  // It gives them up; all or nothing. Returns the bytes that became free or available. Errors:
+  // kInvalid.
+  Result<size_t> uncache(const std::vector<ChunkId>& ids);
   Result<Handle> handle(ChunkId id) const;
-  Result<uint32_t> references(ChunkId id) const;
+
+  // Memory is about to come back: until the matching return_settled(), whoever is short waits
+  // before it is refused. The caller needs nothing of this pool to get that far.
+  void expect_return();
+  void return_settled();
 
   // Counts bytes that somebody else allocates (weights, activations). Backed free chunks are handed
   // back to the system first where the sum would pass the limit. Any owner but kAvailable.
@@ -94,9 +135,14 @@ class ChunkPool {
   // Vacant: no handle. Backed and free: a handle, no references. Owned: both.
   struct Chunk {
     Handle handle = 0;
-    uint32_t references = 0;
+    uint32_t live = 0;
+    uint32_t idle = 0;
     uint32_t generation = 0;
+    bool cached = false;
+    Owner acquired_for = Owner::kKv;
     Owner owner = Owner::kKv;
+
+    bool held() const { return live > 0 || idle > 0 || cached; }
   };
 
   ChunkPool(std::shared_ptr<Driver> driver, size_t chunk_bytes, size_t limit_bytes);
@@ -105,6 +151,10 @@ class ChunkPool {
   const Chunk* find(ChunkId id) const;
   Chunk* find(ChunkId id);
   ChunkId own(uint32_t index, Owner owner);
+  // Makes the owner follow the references, which have changed.
+  void update_owner(ChunkId id);
+  // Counts `n` chunks, which are free, for a claim.
+  Claim take(Owner owner, size_t n);
   uint32_t add_chunk(Handle handle);
   std::vector<Handle> take_backed_for_destruction(size_t n);
   size_t claimed() const;   // All owners and kAvailable.
@@ -124,7 +174,7 @@ class ChunkPool {
   const size_t chunk_bytes_;
 
   mutable std::mutex mutex_;
-  std::condition_variable destroyed_;  // destroying_bytes_ has fallen.
+  std::condition_variable changed_;  // destroying_bytes_ or expected_returns_ has fallen.
   size_t limit_;
   std::array<size_t, kOwnerCount> owned_{};  // Chunks and plain bytes.
   std::array<size_t, kOwnerCount> plain_{};  // The plain bytes among them.
@@ -132,6 +182,7 @@ class ChunkPool {
   size_t peak_used_ = 0;
   size_t peak_physical_ = 0;
   size_t destroying_bytes_ = 0;
+  size_t expected_returns_ = 0;
   std::vector<Chunk> chunks_;
   std::vector<uint32_t> vacant_;
   // Backed free chunks by handle: the lowest are handed out first, the highest destroyed first, so

@@ -57,21 +57,13 @@ VirtualTensor::VirtualTensor(VirtualTensor&& other) noexcept
       base_(other.base_),
       capacity_chunks_(other.capacity_chunks_),
       chunks_(std::move(other.chunks_)),
-      state_(std::exchange(other.state_, TensorState::kReleased)) {
+      state_(std::exchange(other.state_, TensorState::kReleased)),
+      kind_(other.kind_) {
   other.chunks_.clear();
 }
 
 // Chunks that cannot be unmapped even now keep their references, so that nobody gets them.
 VirtualTensor::~VirtualTensor() { (void)release(); }
-
-Status VirtualTensor::drop(const std::vector<ChunkId>& ids) {
-  Status first = Status::Ok();
-  for (const ChunkId id : ids) {
-    Status s = pool_->release(id);
-    if (first.ok() && !s.ok()) first = std::move(s);
-  }
-  return first;
-}
 
 Status VirtualTensor::extend(const std::vector<ChunkId>& ids) {
   Status failure = Status::Ok();
@@ -103,7 +95,7 @@ Status VirtualTensor::extend(const std::vector<ChunkId>& ids) {
                                   handles.size(), chunk_bytes);
   }
   if (!failure.ok() && failure.code() != Code::kBroken) {
-    (void)drop(ids);  // The first error is the one to report.
+    (void)pool_->release(ids);  // The first error is the one to report.
     return failure;
   }
   chunks_.insert(chunks_.end(), ids.begin(), ids.end());
@@ -112,16 +104,17 @@ Status VirtualTensor::extend(const std::vector<ChunkId>& ids) {
 }
 
 Status VirtualTensor::map_shared(const std::vector<ChunkId>& ids) {
-  std::vector<ChunkId> retained;
-  retained.reserve(ids.size());
-  for (const ChunkId id : ids) {
-    if (Status s = pool_->retain(id); !s.ok()) {
-      (void)drop(retained);
-      return s;
-    }
-    retained.push_back(id);
-  }
-  return extend(retained);
+  if (Status s = pool_->retain(ids); !s.ok()) return s;
+  return extend(ids);
+}
+
+Retired VirtualTensor::retire() {
+  if (std::exchange(kind_, Reference::kIdle) == Reference::kIdle) return {0, 0};
+  return pool_->retire(chunks_);
+}
+
+void VirtualTensor::revive() {
+  if (std::exchange(kind_, Reference::kLive) == Reference::kIdle) pool_->revive(chunks_);
 }
 
 Status VirtualTensor::unmap_tail(size_t n_chunks) {
@@ -139,7 +132,7 @@ Status VirtualTensor::unmap_tail(size_t n_chunks) {
     }
     const std::vector<ChunkId> unmapped(chunks_.begin() + n_chunks, chunks_.end());
     chunks_.resize(n_chunks);
-    if (s = drop(unmapped); !s.ok()) return s;
+    return pool_->release(unmapped, kind_);
   }
   return Status::Ok();
 }

@@ -36,15 +36,19 @@ class VirtualTensor {
   VirtualTensor(const VirtualTensor&) = delete;
   VirtualTensor& operator=(const VirtualTensor&) = delete;
 
-  // Maps chunks after those mapped. Takes over the caller's reference to each of `ids` whatever the
-  // outcome: on failure they are released, or kept for as long as they may be mapped (kBroken).
-  // Errors: kInvalid (state, capacity, unknown id), kDriver, kBroken.
+  // Maps chunks after those mapped, which are not idle. Takes over the caller's reference to each
+  // of `ids` whatever the outcome: on failure they are released, or kept for as long as they may be
+  // mapped (kBroken). Errors: kInvalid (state, capacity, unknown id), kDriver, kBroken.
   Status extend(const std::vector<ChunkId>& ids);
   // The same with references of its own; the caller keeps its.
   Status map_shared(const std::vector<ChunkId>& ids);
   // Unmaps all but the first `n_chunks` and releases what was unmapped; no-op if fewer are mapped.
   // Errors: kInvalid (state), kBroken (all chunks are kept).
   Status truncate(size_t n_chunks);
+  // Its references become idle, for a tensor that nobody uses although it stays mapped; and live
+  // again. No-op if they are.
+  Retired retire();
+  void revive();
   // kBroken -> kReserved: unmaps again whatever may be mapped. Errors: kInvalid (state), kBroken.
   Status repair();
   // Unmaps everything, whatever the state. On success the tensor is kReleased; if the unmap fails
@@ -58,7 +62,6 @@ class VirtualTensor {
 
  private:
   Status unmap_tail(size_t n_chunks);
-  Status drop(const std::vector<ChunkId>& ids);
 
   ChunkPool* pool_;
   MapStats* stats_;
@@ -66,6 +69,7 @@ class VirtualTensor {
   size_t capacity_chunks_;
   std::vector<ChunkId> chunks_;
   TensorState state_ = TensorState::kReserved;
+  Reference kind_ = Reference::kLive;  // Of its references.
 };
 
 }  // namespace ellm

@@ -42,9 +42,14 @@ struct Sequence {
         v(random_elements(s.type, tokens * s.kv_row(), random)) {}
 };
 
+struct Exact {
+  std::vector<double> row;   // sum of weight * V
+  std::vector<double> size;  // sum of weight * |V|: what errors of the weights are relative to
+};
+
 // Result row of head `head` of the token at `position`, in float64.
-inline std::vector<double> attend_float64(const Shape& s, const Sequence& sequence,
-                                          int64_t position, int64_t head) {
+inline Exact attend_float64(const Shape& s, const Sequence& sequence, int64_t position,
+                            int64_t head) {
   const int64_t kv_head = head / s.group;
   const int64_t first = s.window > 0 ? std::max<int64_t>(0, position + 1 - s.window) : 0;
   std::vector<double> scores;
@@ -61,15 +66,18 @@ inline std::vector<double> attend_float64(const Shape& s, const Sequence& sequen
     max = std::max(max, score);
   }
   double sum = 0;
-  std::vector<double> out(s.head_dim);
+  Exact out = {std::vector<double>(s.head_dim), std::vector<double>(s.head_dim)};
   for (size_t i = 0; i < scores.size(); ++i) {
     const double weight = std::exp(scores[i] - max);
     sum += weight;
     for (int64_t d = 0; d < s.head_dim; ++d) {
-      out[d] += weight * sequence.v.get((first + i) * s.kv_row() + kv_head * s.head_dim + d);
+      const double v = sequence.v.get((first + i) * s.kv_row() + kv_head * s.head_dim + d);
+      out.row[d] += weight * v;
+      out.size[d] += weight * std::fabs(v);
     }
   }
-  for (double& x : out) x /= sum;
+  for (double& x : out.row) x /= sum;
+  for (double& x : out.size) x /= sum;
   return out;
 }
 
@@ -138,7 +146,7 @@ class Runner {
     args.window = shape_.window;
     args.scale = shape_.scale();
     args.soft_cap = shape_.soft_cap;
-    args.part_tokens = shape_.parts > 0 ? shape_.parts : part_tokens(shape_.tile);
+    args.part_tokens = shape_.parts > 0 ? shape_.parts : kPartTokens;
     const int64_t num_spans = static_cast<int64_t>(spans.size());
     write_kv(args, k.at(0), v.at(0), spans.data(), num_spans, parallel);
     if (!only_write) attention(kernels_, args, spans.data(), num_spans, num_threads, parallel);

@@ -7,6 +7,7 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fixtures.h"
@@ -17,8 +18,8 @@ namespace {
 
 const std::array<Owner, 5> kPlainOwners = {Owner::kKv, Owner::kCache, Owner::kActivation,
                                            Owner::kWeights, Owner::kWorkspace};
-const std::array<Owner, 4> kChunkOwners = {Owner::kKv, Owner::kCache, Owner::kWorkspace,
-                                           Owner::kAvailable};
+const std::array<Owner, 4> kChunkOwners = {Owner::kKv, Owner::kCache, Owner::kActivation,
+                                           Owner::kWorkspace};
 
 TEST(bytes_are_told_as_people_read_them) {
   CHECK_EQ(human_bytes(0), "0 bytes");
@@ -79,7 +80,8 @@ TEST(the_last_reference_frees_and_stale_ids_are_refused) {
   for (const ChunkId bad : {id, ChunkId{99}, ids[1] + 1, ChunkId{0}}) {
     CHECK_EQ(pool->release(bad).code(), Code::kInvalid);
     CHECK_EQ(pool->retain(bad).code(), Code::kInvalid);
-    CHECK_EQ(pool->reassign(bad, Owner::kCache).code(), Code::kInvalid);
+    CHECK_EQ(pool->cache({bad}).code(), Code::kInvalid);
+    CHECK_EQ(pool->uncache({bad}).status().code(), Code::kInvalid);
     CHECK_EQ(pool->handle(bad).status().code(), Code::kInvalid);
   }
   CHECK_EQ(pool->usage().kv, page_bytes());
@@ -125,15 +127,98 @@ TEST(available_chunks_are_free_but_cannot_be_had) {
   const auto pool = make_pool(host_driver(), 4 * c);
   std::vector<ChunkId> ids;
   REQUIRE_OK(pool->acquire(Owner::kKv, 3, &ids));
-  for (const ChunkId id : ids) REQUIRE_OK(pool->reassign(id, Owner::kAvailable));
+  CHECK_EQ(pool->retire(ids).leading, ids.size());
   CHECK_EQ(pool->usage().free, 4 * c);
   CHECK_EQ(pool->usage().obtainable, c);
   CHECK_EQ(pool->usage().available, 3 * c);
   CHECK_EQ(pool->acquire(Owner::kKv, 2, &ids).code(), Code::kOutOfMemory);
   CHECK_EQ(pool->reserve_bytes(Owner::kActivation, c + 1).code(), Code::kOutOfMemory);
   CHECK_EQ(pool->set_limit(3 * c - 1).code(), Code::kOutOfMemory);
-  CHECK_EQ(pool->reassign(ids[0], Owner::kWeights).code(), Code::kInvalid);
-  CHECK_OK(pool->reassign(ids[0], Owner::kCache));
+  CHECK_EQ(pool->retain(ids[0]).code(), Code::kInvalid);
+  CHECK_EQ(pool->cache({ids[0]}).code(), Code::kInvalid);
+  CHECK_EQ(pool->release({ids[0]}).code(), Code::kInvalid);  // It has no live reference.
+  pool->revive({ids[0]});
+  CHECK_EQ(pool->usage().kv, c);
+  CHECK_EQ(pool->usage().available, 2 * c);
+  check_ledger(*pool);
+}
+
+TEST(a_chunk_is_counted_once_and_belongs_to_whoever_uses_it) {
+  const size_t c = page_bytes();
+  const auto pool = make_pool(host_driver(), 4 * c);
+  std::vector<ChunkId> ids;
+  REQUIRE_OK(pool->acquire(Owner::kKv, 3, &ids));
+  const std::vector<ChunkId> two = {ids[0], ids[1]};
+  REQUIRE_OK(pool->cache(two));
+  CHECK_EQ(pool->usage().kv, 3 * c);
+  CHECK_EQ(pool->usage().cache, 0u);
+  REQUIRE_OK(pool->retain(two));  // A second slot.
+  CHECK_EQ(pool->usage().kv, 3 * c);
+  REQUIRE_OK(pool->release(ids));  // The first one ends.
+  CHECK_EQ(pool->usage().kv, 2 * c);
+  const Retired second = pool->retire(two);  // The second one too, but it has them mapped still.
+  CHECK_EQ(second.leading, 0u);
+  CHECK_EQ(second.exclusive, 0u);
+  CHECK_EQ(pool->usage().kv, 0u);
+  CHECK_EQ(pool->usage().cache, 2 * c);
+  REQUIRE_OK(pool->retain(two));  // A third.
+  CHECK_EQ(pool->usage().kv, 2 * c);
+  CHECK_EQ(pool->uncache({ids[0]}).value(), 0u);
+  REQUIRE_OK(pool->release(two));
+  CHECK_EQ(pool->usage().available, c);
+  CHECK_EQ(pool->usage().cache, c);
+  CHECK_EQ(pool->uncache({ids[1]}).value(), c);
+  CHECK_EQ(pool->usage().available, 2 * c);
+  REQUIRE_OK(pool->release(two, Reference::kIdle));
+  CHECK_EQ(pool->usage().available, 0u);
+  CHECK_EQ(pool->usage().backed_free, 3 * c);
+  check_ledger(*pool);
+}
+
+TEST(caching_is_all_or_nothing) {
+  const size_t c = page_bytes();
+  const auto pool = make_pool(host_driver(), 8 * c);
+  std::vector<ChunkId> ids;
+  REQUIRE_OK(pool->acquire(Owner::kKv, 3, &ids));
+  REQUIRE_OK(pool->acquire(Owner::kWorkspace, 1, &ids));
+  CHECK_EQ(pool->cache({ids[0], ids[1], ids[0]}).code(), Code::kInvalid);
+  CHECK_EQ(pool->cache({ids[0], ChunkId{99}}).code(), Code::kInvalid);
+  CHECK_EQ(pool->cache(ids).code(), Code::kInvalid);  // The last one is no KV.
+  REQUIRE_OK(pool->cache({ids[0], ids[1]}));
+  CHECK_EQ(pool->cache({ids[2], ids[1]}).code(), Code::kInvalid);
+  REQUIRE_OK(pool->release({ids[0], ids[1], ids[2]}));
+  CHECK_EQ(pool->usage().cache, 2 * c);
+  CHECK_EQ(pool->uncache({ids[0], ids[1], ids[0]}).status().code(), Code::kInvalid);
+  CHECK_EQ(pool->uncache({ids[0], ids[2]}).status().code(), Code::kInvalid);
+  CHECK_EQ(pool->usage().cache, 2 * c);
+  CHECK_EQ(pool->uncache({ids[0], ids[1]}).value(), 2 * c);
+  CHECK_EQ(pool->usage().free, 7 * c);
+  check_ledger(*pool);
+}
+
+TEST(a_claim_counts_at_once_and_takes_no_more_than_there_is) {
+  const size_t c = page_bytes();
+  const auto driver = faulty_driver();
+  const auto pool = make_pool(driver, 5 * c);
+  std::vector<ChunkId> ids, more;
+  REQUIRE_OK(pool->acquire(Owner::kKv, 2, &ids));
+  REQUIRE_OK(pool->release(ids[0]));
+  const uint64_t calls = driver->calls();
+  Claim claim = pool->claim_up_to(Owner::kKv, 3);
+  CHECK_EQ(claim.chunks, 3u);
+  CHECK_EQ(claim.backed.size(), 1u);
+  CHECK_EQ(pool->usage().kv, 4 * c);
+  CHECK_EQ(driver->calls(), calls);
+  driver->fail(calls + 2);
+  CHECK_EQ(pool->fill(std::move(claim), &more).code(), Code::kDriver);
+  CHECK(more.empty());
+  CHECK_EQ(pool->usage().kv, c);
+  claim = pool->claim_up_to(Owner::kKv, 100);
+  CHECK_EQ(claim.chunks, 4u);
+  CHECK_EQ(pool->claim_up_to(Owner::kKv, 1).chunks, 0u);
+  REQUIRE_OK(pool->fill(std::move(claim), &more));
+  CHECK_EQ(more.size(), 4u);
+  CHECK_EQ(pool->usage().free, 0u);
   check_ledger(*pool);
 }
 
@@ -174,7 +259,7 @@ TEST(peaks_are_kept_until_reset) {
   REQUIRE_OK(pool->acquire(Owner::kKv, 5, &ids));
   REQUIRE_OK(pool->reserve_bytes(Owner::kActivation, 100));
   REQUIRE_OK(pool->return_bytes(Owner::kActivation, 100));
-  for (const ChunkId id : ids) REQUIRE_OK(pool->reassign(id, Owner::kAvailable));
+  CHECK_EQ(pool->retire(ids).leading, ids.size());
   CHECK_EQ(pool->usage().peak_kv, 5 * c);
   CHECK_EQ(pool->usage().peak_activation, 100u);
   CHECK_EQ(pool->usage().peak_available, 5 * c);
@@ -202,8 +287,13 @@ TEST(a_chunk_still_owned_survives_the_pool) {
 // What the pool should say, without a driver, in a few lines.
 struct Model {
   struct Chunk {
-    Owner owner;
-    int references;
+    Owner acquired_for;
+    int live = 1, idle = 0, cached = 0;
+
+    Owner owner() const {
+      return live > 0 ? acquired_for : cached ? Owner::kCache : Owner::kAvailable;
+    }
+    bool held() const { return live + idle + cached > 0; }
   };
   size_t limit, chunk_bytes;
   std::map<ChunkId, Chunk> chunks;
@@ -211,7 +301,7 @@ struct Model {
 
   size_t owned(Owner owner) const {
     size_t bytes = plain.count(owner) ? plain.at(owner) : 0;
-    for (const auto& [id, chunk] : chunks) bytes += chunk.owner == owner ? chunk_bytes : 0;
+    for (const auto& [id, chunk] : chunks) bytes += chunk.owner() == owner ? chunk_bytes : 0;
     return bytes;
   }
   size_t obtainable() const {
@@ -262,37 +352,66 @@ void random_operations(uint64_t seed, bool with_faults, int steps) {
     switch (below(8)) {
       case 0:
       case 1: {
-        const Owner owner = kChunkOwners[below(3)];
+        const Owner owner = kChunkOwners[below(4)];
         const size_t n = below(9);
         std::vector<ChunkId> ids;
         if (expected(pool->acquire(owner, n, &ids), n * c <= model.obtainable(), faults)) {
           CHECK_EQ(ids.size(), n);
-          for (const ChunkId id : ids)
-            CHECK(model.chunks.emplace(id, Model::Chunk{owner, 1}).second);
+          for (const ChunkId id : ids) CHECK(model.chunks.emplace(id, Model::Chunk{owner}).second);
         } else {
           CHECK(ids.empty());
         }
         break;
       }
-      case 2:
+      case 2: {
         if (model.chunks.empty()) break;
-        if (const ChunkId id = some_id(); CHECK_OK(pool->retain(id))) ++model.chunks[id].references;
+        const ChunkId id = some_id();
+        Model::Chunk& chunk = model.chunks[id];
+        const bool allowed = chunk.live > 0 || chunk.cached;
+        CHECK_EQ(pool->retain(id).ok(), allowed);
+        chunk.live += allowed;
         break;
+      }
       case 3:
-      case 4:
+      case 4: {
         if (model.chunks.empty()) break;
-        if (const ChunkId id = some_id(); CHECK_OK(pool->release(id))) {
-          if (--model.chunks[id].references == 0) {
-            model.chunks.erase(id);
-            CHECK_EQ(pool->release(id).code(), Code::kInvalid);
-          }
-        }
+        const ChunkId id = some_id();
+        Model::Chunk& chunk = model.chunks[id];
+        const auto kind = below(2) == 0 ? Reference::kLive : Reference::kIdle;
+        int& count = kind == Reference::kLive ? chunk.live : chunk.idle;
+        CHECK_EQ(pool->release({id}, kind).ok(), count > 0);
+        count -= count > 0;
+        if (chunk.held()) break;
+        model.chunks.erase(id);
+        CHECK_EQ(pool->release(id).code(), Code::kInvalid);
         break;
+      }
       case 5: {
         if (model.chunks.empty()) break;
         const ChunkId id = some_id();
-        const Owner owner = kChunkOwners[below(4)];
-        if (CHECK_OK(pool->reassign(id, owner))) model.chunks[id].owner = owner;
+        Model::Chunk& chunk = model.chunks[id];
+        const size_t choice = below(4);
+        if (choice == 0 && chunk.live > 0) {
+          const bool exclusive = chunk.live == 1 && chunk.idle == 0 && !chunk.cached;
+          CHECK_EQ(pool->retire({id}).exclusive, exclusive ? 1u : 0u);
+          --chunk.live;
+          ++chunk.idle;
+        } else if (choice == 1 && chunk.idle > 0) {
+          pool->revive({id});
+          --chunk.idle;
+          ++chunk.live;
+        } else if (choice == 2) {
+          const bool allowed = chunk.live > 0 && chunk.acquired_for == Owner::kKv && !chunk.cached;
+          CHECK_EQ(pool->cache({id}).ok(), allowed);
+          if (allowed) chunk.cached = 1;
+        } else if (choice == 3) {
+          const auto given = pool->uncache({id});
+          CHECK_EQ(given.ok(), chunk.cached == 1);
+          if (!given.ok()) break;
+          CHECK_EQ(given.value(), chunk.live > 0 ? 0 : c);
+          chunk.cached = 0;
+          if (!chunk.held()) model.chunks.erase(id);
+        }
         break;
       }
       case 6: {
@@ -326,7 +445,9 @@ void random_operations(uint64_t seed, bool with_faults, int steps) {
   }
   driver->fail(0, 0);
   for (const auto& [id, chunk] : model.chunks) {
-    for (int i = 0; i < chunk.references; ++i) CHECK_OK(pool->release(id));
+    for (int i = 0; i < chunk.live; ++i) CHECK_OK(pool->release(id));
+    for (int i = 0; i < chunk.idle; ++i) CHECK_OK(pool->release({id}, Reference::kIdle));
+    if (chunk.cached) CHECK_OK(pool->uncache({id}).status());
   }
   CHECK_OK(pool->trim(0).status());
   CHECK_EQ(driver->leftovers(), "");

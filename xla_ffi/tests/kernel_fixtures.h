@@ -19,7 +19,7 @@ namespace ellm {
 
 inline std::vector<const Kernels*> machine_kernels() {
   std::vector<const Kernels*> found;
-  for (const char* isa : {"generic", "avx2", "avx512"}) {
+  for (const char* isa : {"generic", "avx2", "avx512", "avx512_bf16"}) {
     if (const Kernels* k = kernels_for(isa)) found.push_back(k);
   }
   return found;

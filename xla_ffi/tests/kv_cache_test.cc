@@ -151,8 +151,7 @@ TEST(shared_chunks_do_not_stay_in_a_dead_slot) {
   Bench b;
   const int32_t slot = b.request(40);
   const std::vector<ChunkId> chunks = b.cache->slot_chunks(slot);
-  REQUIRE_OK(b.pool->retain(chunks[2]));
-  REQUIRE_OK(b.pool->reassign(chunks[2], Owner::kCache));
+  REQUIRE_OK(b.pool->cache({chunks[2]}));
   REQUIRE_OK(b.cache->release(slot));
   CHECK_EQ(b.state(slot), SlotState::kAvailable);
   CHECK_EQ(b.cache->mapped_tokens(slot), 16);
@@ -165,7 +164,7 @@ TEST(shared_chunks_do_not_stay_in_a_dead_slot) {
   REQUIRE_OK(b.cache->release(prefix));
   CHECK_EQ(b.state(prefix), SlotState::kFree);
   CHECK_OK(b.pool->release(first));
-  CHECK_OK(b.pool->release(chunks[2]));
+  CHECK_OK(b.pool->uncache({chunks[2]}).status());
 }
 
 TEST(slots_that_are_not_ones_own_are_refused) {

@@ -126,15 +126,8 @@ TEST(linear_columns_do_not_depend_on_how_they_are_handed_out) {
       const Elements all = p.run(*kernels);
       for (int64_t width : {1, 2, 5, 31}) {
         Elements out(ElementType::kFloat32, rows * p.n);
-        const LinearArgs args = {reinterpret_cast<const float*>(p.x.at(0)),
-                                 p.k,
-                                 p.w.at(0),
-                                 p.w_type,
-                                 out.at(0),
-                                 p.out_type,
-                                 rows,
-                                 p.n,
-                                 p.k};
+        const LinearArgs args = {p.x.at(0), p.x_type,   p.k,  p.w.at(0), p.w_type,
+                                 out.at(0), p.out_type, rows, p.n,       p.k};
         for (int64_t n = 0; n < p.n; n += width) {
           kernels->linear(args, n, std::min(p.n, n + width));
         }

@@ -15,6 +15,9 @@ VecProbe vec_probe();
 namespace avx512 {
 VecProbe vec_probe();
 }
+namespace avx512_bf16 {
+VecProbe vec_probe();
+}
 #endif
 
 namespace {
@@ -27,6 +30,7 @@ std::vector<VecProbe> probes() {
 #ifdef ELLM_X86
   if (kernels_for("avx2")) found.push_back(avx2::vec_probe());
   if (kernels_for("avx512")) found.push_back(avx512::vec_probe());
+  if (kernels_for("avx512_bf16")) found.push_back(avx512_bf16::vec_probe());
 #endif
   return found;
 }
@@ -76,6 +80,42 @@ TEST(exp_at_the_edges) {
   }
 }
 
+TEST(exp2_negative_is_accurate) {
+  for (const VecProbe& probe : probes()) {
+    const std::vector<float> x = spread(-126.0, 0.0, 1 << 20);
+    std::vector<float> full(x.size()), rounded(x.size());
+    probe.exp2_negative(x.data(), static_cast<int64_t>(x.size()), full.data());
+    probe.exp2_rounded(x.data(), static_cast<int64_t>(x.size()), rounded.data());
+    double worst_ulp = 0, worst_relative = 0;
+    for (size_t i = 0; i < x.size(); ++i) {
+      const double exact = std::exp2(double{x[i]});
+      const double ulp = std::ldexp(1.0, std::ilogb(static_cast<float>(exact)) - 23);
+      worst_ulp = std::max(worst_ulp, std::fabs(full[i] - exact) / ulp);
+      worst_relative = std::max(worst_relative, std::fabs(rounded[i] - exact) / exact);
+    }
+    std::printf("     exp2, %s: %.2f ulp, and %.3g of it, at most\n", probe.isa, worst_ulp,
+                worst_relative);
+    CHECK(worst_ulp <= 4.0);
+    CHECK(worst_relative <= 1.1e-4);
+  }
+}
+
+TEST(exp2_negative_at_the_edges) {
+  for (const VecProbe& probe : probes()) {
+    for (const auto exp2 : {probe.exp2_negative, probe.exp2_rounded}) {
+      CHECK_EQ(one(exp2, 0.0f), 1.0f);
+      CHECK_EQ(one(exp2, -0.0f), 1.0f);
+      for (int n = 1; n <= 126; ++n) {
+        CHECK_EQ(one(exp2, -static_cast<float>(n)), std::ldexp(1.0f, -n));
+      }
+      CHECK_EQ(one(exp2, -126.1f), 0.0f);
+      CHECK_EQ(one(exp2, -1e30f), 0.0f);
+      CHECK_EQ(one(exp2, -kInfinity), 0.0f);
+      CHECK(std::isnan(one(exp2, kNan)));
+    }
+  }
+}
+
 TEST(tanh_is_within_3e_7) {
   for (const VecProbe& probe : probes()) {
     const std::vector<float> x = spread(-20, 20, 1 << 20);
@@ -111,6 +151,12 @@ TEST(to_bf16_rounds_to_nearest_even) {
         const uint16_t rounded = probe.to_bf16(x);
         if (!CHECK_EQ(rounded, nearest_bf16(x))) return;
         if (!CHECK_EQ(std::isnan(from_bf16(rounded)), std::isnan(x))) return;
+        std::vector<float> in(16, x);
+        std::vector<uint16_t> out(16);
+        probe.store_bf16(in.data(), 16, out.data());
+        for (uint16_t h : out) {
+          if (!CHECK_EQ(h, rounded)) return;
+        }
       }
     }
   }

@@ -1,0 +1,219 @@
+// The host tier and the activation arena as Python sees them.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bindings.h"
+#include "kv/registry.h"
+#include "kv/slot_copy.h"
+#include "memory/arena.h"
+#include "memory/copy_engine.h"
+#include "memory/host_buffer.h"
+#include "memory/host_driver.h"
+#include "memory/sim_driver.h"
+#include "wrappers.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace ellm {
+namespace {
+
+class PyHostBuffer {
+ public:
+  PyHostBuffer(int64_t block_bytes, int64_t limit_bytes)
+      : buffer_(value_or_raise(HostBuffer::Create(value_or_raise(HostDriver::Create()),
+                                                  non_negative("block_bytes", block_bytes),
+                                                  non_negative("limit_bytes", limit_bytes)))) {}
+
+  const std::shared_ptr<HostBuffer>& get() const { return buffer_; }
+  size_t block_bytes() const { return buffer_->block_bytes(); }
+
+  std::vector<BlockId> take(int64_t n) {
+    const size_t count = non_negative("n", n);
+    std::vector<BlockId> blocks;
+    raise_if_failed(unlocked([&] { return buffer_->take(count, &blocks); }));
+    return blocks;
+  }
+
+  void give_back(const std::vector<BlockId>& blocks) {
+    raise_if_failed(buffer_->give_back(blocks));
+  }
+
+  uintptr_t address(BlockId block) {
+    const std::vector<std::byte*> at = value_or_raise(buffer_->pin({block}));
+    buffer_->unpin({block});
+    return reinterpret_cast<uintptr_t>(at[0]);
+  }
+
+  void resize(int64_t limit_bytes) {
+    const size_t limit = non_negative("limit_bytes", limit_bytes);
+    raise_if_failed(unlocked([&] { return buffer_->resize(limit); }));
+  }
+
+  size_t trim() {
+    return value_or_raise(unlocked([&] { return buffer_->trim(); }));
+  }
+
+  nb::dict usage() const {
+    const HostUsage u = buffer_->usage();
+    nb::dict d;
+    d["limit"] = u.limit;
+    d["used"] = u.used;
+    d["free"] = u.free;
+    d["peak_used"] = u.peak_used;
+    d["physical"] = u.physical;
+    return d;
+  }
+
+ private:
+  std::shared_ptr<HostBuffer> buffer_;
+};
+
+class PyCopier {
+ public:
+  Ticket offload(const PyKvCache& kv, int32_t slot, int64_t first_tile, const PyHostBuffer& buffer,
+                 std::vector<BlockId> blocks) {
+    return submit(CopyDirection::kOffload, kv, slot, first_tile, buffer, std::move(blocks));
+  }
+  Ticket fetch(const PyKvCache& kv, int32_t slot, int64_t first_tile, const PyHostBuffer& buffer,
+               std::vector<BlockId> blocks) {
+    return submit(CopyDirection::kFetch, kv, slot, first_tile, buffer, std::move(blocks));
+  }
+
+  bool done(Ticket ticket) const { return value_or_raise(copier_.done(ticket)); }
+  void wait(Ticket ticket) const {
+    raise_if_failed(unlocked([&] { return copier_.wait(ticket); }));
+  }
+  void close() {
+    unlocked([&] { copier_.close(); });
+  }
+
+  nb::dict stats() const {
+    const CopyStats s = copier_.stats();
+    nb::dict d;
+    d["offload_bytes"] = s.offload.bytes;
+    d["offload_us"] = s.offload.us;
+    d["offload_calls"] = s.offload.calls;
+    d["fetch_bytes"] = s.fetch.bytes;
+    d["fetch_us"] = s.fetch.us;
+    d["fetch_calls"] = s.fetch.calls;
+    return d;
+  }
+
+ private:
+  Ticket submit(CopyDirection direction, const PyKvCache& kv, int32_t slot, int64_t first_tile,
+                const PyHostBuffer& buffer, std::vector<BlockId> blocks) {
+    if (dynamic_cast<SimDriver*>(&kv.get()->pool()->driver()) != nullptr) {
+      throw nb::value_error(
+          "the KV cache is over a simulated pool, which has no memory to copy; use a copier that "
+          "is simulated too");
+    }
+    return value_or_raise(copy_slot(&copier_, direction, kv.get(), slot, first_tile, buffer.get(),
+                                    std::move(blocks)));
+  }
+
+  Copier copier_;
+};
+
+class PyArena {
+ public:
+  PyArena(const PyPool& pool, int64_t reserved_bytes)
+      : arena_(value_or_raise(
+            Arena::Create(pool.get(), non_negative("reserved_bytes", reserved_bytes)))) {}
+
+  uintptr_t allocate(int64_t bytes) {
+    const size_t n = non_negative("bytes", bytes);
+    return reinterpret_cast<uintptr_t>(
+        value_or_raise(unlocked([&] { return arena_->allocate(n); })));
+  }
+
+  void free(uintptr_t address) {
+    raise_if_failed(unlocked([&] { return arena_->free(reinterpret_cast<std::byte*>(address)); }));
+  }
+
+  size_t collect(int64_t bytes) {
+    const size_t n = non_negative("bytes", bytes);
+    return value_or_raise(unlocked([&] { return arena_->collect(n); }));
+  }
+
+  void serve(const PyKvCache& kv) {
+    if (dynamic_cast<SimDriver*>(&arena_->pool()->driver()) != nullptr) {
+      throw nb::value_error(
+          "the arena is over a simulated pool, which has no memory for kernels; make it with a "
+          "pool that has");
+    }
+    use_arena(kv.id(), arena_);
+  }
+
+  nb::dict usage() const {
+    const ArenaUsage u = unlocked([&] { return arena_->usage(); });
+    nb::dict d;
+    d["live"] = u.live;
+    d["inactive"] = u.inactive;
+    d["mapped"] = u.mapped;
+    d["reserved"] = u.reserved;
+    return d;
+  }
+
+ private:
+  std::shared_ptr<Arena> arena_;
+};
+
+void bind_host_buffer(nb::module_& m) {
+  nb::class_<PyHostBuffer>(m, "HostBuffer", "The host tier's memory: blocks under a limit.")
+      .def(nb::init<int64_t, int64_t>(), "block_bytes"_a, "limit_bytes"_a)
+      .def_prop_ro("block_bytes", &PyHostBuffer::block_bytes)
+      .def("take", &PyHostBuffer::take, "n"_a,
+           "`n` blocks, contents undefined, or OutOfMemory and none.")
+      .def("give_back", &PyHostBuffer::give_back, "blocks"_a,
+           "Gives blocks back, all or none; their memory is kept for the next take().")
+      .def("address", &PyHostBuffer::address, "block"_a, "Where a taken block starts.")
+      .def("usage", &PyHostBuffer::usage, "One consistent picture in bytes.")
+      .def("resize", &PyHostBuffer::resize, "limit_bytes"_a,
+           "Sets the limit. Raises OutOfMemory below what is used.")
+      .def("trim", &PyHostBuffer::trim,
+           "Gives the memory of blocks that nobody has to the system; returns the bytes.");
+}
+
+void bind_copier(nb::module_& m) {
+  nb::class_<PyCopier>(m, "Copier", "Copies between KV slots and host blocks, on its own thread.")
+      .def(nb::init<>())
+      .def("offload", &PyCopier::offload, "kv"_a, "slot"_a, "first_tile"_a, "buffer"_a, "blocks"_a,
+           "Chunks [first_tile, first_tile + len(blocks)) of the slot to the blocks; a ticket.")
+      .def("fetch", &PyCopier::fetch, "kv"_a, "slot"_a, "first_tile"_a, "buffer"_a, "blocks"_a,
+           "The reverse of offload().")
+      .def("done", &PyCopier::done, "ticket"_a, "Whether the copy is over, well or not.")
+      .def("wait", &PyCopier::wait, "ticket"_a,
+           "Returns when the copy is over; raises RuntimeError if it failed.")
+      .def("stats", &PyCopier::stats, "Bytes, time and finished copies per direction.")
+      .def("close", &PyCopier::close, "Ends the thread; copies that are not done have failed.");
+}
+
+void bind_arena(nb::module_& m) {
+  nb::class_<PyArena>(m, "Arena", "Workspaces in one reserved range over a pool: activations.")
+      .def(nb::init<const PyPool&, int64_t>(), "pool"_a, "reserved_bytes"_a)
+      .def("allocate", &PyArena::allocate, "bytes"_a,
+           "The address of a segment of whole chunks, or OutOfMemory.")
+      .def("free", &PyArena::free, "address"_a, "Ends a segment, which stays mapped: inactive.")
+      .def("collect", &PyArena::collect, "bytes"_a,
+           "Unmaps inactive chunks until `bytes` are back in the pool; returns the bytes given.")
+      .def("serve", &PyArena::serve, "kv"_a,
+           "The kernels of this KV cache take their workspaces here from now on.")
+      .def("usage", &PyArena::usage, "One consistent picture in bytes.");
+}
+
+}  // namespace
+
+void bind_tiers(nb::module_& m) {
+  bind_host_buffer(m);
+  bind_copier(m);
+  bind_arena(m);
+}
+
+}  // namespace ellm

@@ -1,0 +1,61 @@
+// What the Python bindings share: statuses as exceptions, the GIL, and one function per file that
+// adds its classes to the module.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "memory/status.h"
+
+namespace ellm {
+
+void bind_pool(nanobind::module_& m);
+void bind_kv(nanobind::module_& m);
+void bind_tiers(nanobind::module_& m);
+
+struct OutOfMemoryError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+inline void raise_if_failed(const Status& status) {
+  switch (status.code()) {
+    case Code::kOk:
+      return;
+    case Code::kInvalid:
+      throw nanobind::value_error(status.message().c_str());
+    case Code::kOutOfMemory:
+      throw OutOfMemoryError(status.message());
+    case Code::kDriver:
+    case Code::kBroken:
+      throw std::runtime_error(status.message());
+  }
+}
+
+template <class T>
+T value_or_raise(Result<T> result) {
+  raise_if_failed(result.status());
+  return std::move(result.value());
+}
+
+// Runs native work without the GIL.
+template <class Work>
+auto unlocked(Work&& work) {
+  nanobind::gil_scoped_release released;
+  return work();
+}
+
+inline size_t non_negative(const char* name, int64_t value) {
+  if (value < 0) {
+    const std::string message =
+        std::string(name) + " is " + std::to_string(value) + "; it must not be negative";
+    throw nanobind::value_error(message.c_str());
+  }
+  return static_cast<size_t>(value);
+}
+
+}  // namespace ellm
