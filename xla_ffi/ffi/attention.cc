@@ -132,7 +132,7 @@ xf::Error attention_impl(xf::ThreadPool pool, xf::AnyBuffer q, xf::AnyBuffer k, 
   args.window = layer_and_window.typed_data()[1];
   args.scale = scale;
   args.soft_cap = soft_cap;
-  args.part_tokens = part_tokens(layout.tile_tokens);
+  args.part_tokens = kPartTokens;
 
   XlaParallel parallel(pool);
   const ParallelFor run = [&](int64_t units, const std::function<void(int64_t)>& body) {

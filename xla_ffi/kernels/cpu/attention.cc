@@ -10,9 +10,12 @@ namespace ellm {
 
 namespace {
 
-// Query rows that share each load of K and V. More rows than this gain little: the tile is in the
-// level-1 cache by then.
-constexpr int64_t kRowsPerUnit = 32;
+// Query rows that share each packed block of K and V: many, so that packing costs little, but fewer
+// where there would be no more than a few units for each thread. Multiples of the heights of all
+// panels.
+constexpr int64_t kRowsPerUnit = 192;
+constexpr int64_t kFewRowsPerUnit = 48;
+constexpr int64_t kUnitsPerThread = 8;
 // Bytes of K and V below which a copy is not worth handing out.
 constexpr int64_t kSerialCopyBytes = 256 * 1024;
 
@@ -22,10 +25,6 @@ struct PartialUnit {
 };
 
 }  // namespace
-
-int64_t part_tokens(int64_t tile_tokens) {
-  return (kPartTokens + tile_tokens - 1) / tile_tokens * tile_tokens;
-}
 
 void write_kv(const AttentionArgs& a, const void* k, const void* v, const SequenceSpan* spans,
               int64_t num_spans, const ParallelFor& parallel) {
@@ -56,7 +55,14 @@ void write_kv(const AttentionArgs& a, const void* k, const void* v, const Sequen
 void attention(const Kernels& kernels, const AttentionArgs& a, const SequenceSpan* spans,
                int64_t num_spans, int64_t num_threads, const ParallelFor& parallel) {
   const int64_t group = a.q_heads / a.kv.kv_heads;
-  const int64_t block = std::max<int64_t>(1, kRowsPerUnit / group);
+  int64_t rows = 0;
+  for (int64_t s = 0; s < num_spans; ++s) rows += spans[s].row_count;
+  int64_t unit_rows = kRowsPerUnit;
+  while (unit_rows > kFewRowsPerUnit &&
+         rows * a.q_heads < unit_rows * kUnitsPerThread * num_threads) {
+    unit_rows /= 2;
+  }
+  const int64_t block = std::max<int64_t>(1, unit_rows / group);
   std::vector<AttentionUnit> whole;
   for (int64_t s = 0; s < num_spans; ++s) {
     const SequenceSpan& span = spans[s];
@@ -92,17 +98,20 @@ void attention(const Kernels& kernels, const AttentionArgs& a, const SequenceSpa
     whole.swap(rest);
   }
 
-  const int64_t max_rows = block * group;
+  int64_t part_rows = 0;
+  for (const AttentionUnit& unit : parts) {
+    part_rows = std::max(part_rows, (unit.token_end - unit.token_begin) * group);
+  }
   const int64_t stride = kernels.acc_stride(a.kv.head_dim);
-  const int64_t state_floats = max_rows * (stride + 2);
+  const int64_t state_floats = part_rows * (stride + 2);
   std::vector<float> memory(parts.size() * state_floats);
   std::vector<SoftmaxState> states(parts.size());
   for (size_t i = 0; i < parts.size(); ++i) {
     float* at = memory.data() + i * state_floats;
-    states[i] = {at, at + max_rows, at + 2 * max_rows};
+    states[i] = {at + part_rows * stride, at + part_rows * (stride + 1), at};
   }
 
-  const int64_t scratch_floats = kernels.attend_scratch_floats(a, max_rows);
+  const int64_t scratch_floats = kernels.attend_scratch_floats(a, block * group);
   const int64_t num_parts = static_cast<int64_t>(parts.size());
   // Blocks late in a prompt see most tokens: taken first, they leave short ones for the end.
   parallel(num_parts + static_cast<int64_t>(whole.size()), [&](int64_t i) {

@@ -11,9 +11,6 @@ namespace ellm {
 // be divided among threads. Part of the arithmetic, so one constant and no option.
 constexpr int64_t kPartTokens = 1024;
 
-// part_tokens of AttentionArgs for a tile: kPartTokens rounded up to whole tiles.
-int64_t part_tokens(int64_t tile_tokens);
-
 // Copies rows [row_begin, row_begin + row_count) of k and v, [rows, kv_heads, head_dim] of
 // args.type, to the tokens from context_tokens on of every span's slot. The memory has to be
 // mapped.

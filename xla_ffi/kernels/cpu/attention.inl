@@ -1,235 +1,68 @@
-// Attention of a block of query rows over the tiles of one KV head, by online softmax.
+// Attention of a block of query rows over the tokens of one KV head, by online softmax.
 //
-// The order in which a row is reduced follows from its position alone: dot products run along
-// head_dim in lanes and a fixed tree, scores are taken in blocks of kBlock tokens counted from
-// the tile's first token, parts of part_tokens tokens are merged first to last. A row of a long
-// prompt and the same row decoded alone are equal to the bit.
-#include "kernels/cpu/rows.inl"
+// The order in which a row is reduced follows from its position alone: scores are summed along
+// head_dim word by word, taken in blocks of kBlock tokens counted from the part's first token,
+// weighed with V token by token; parts of part_tokens tokens are merged first to last. A row of a
+// long prompt and the same row decoded alone are equal to the bit.
+#include "kernels/cpu/softmax.inl"
 
 namespace ellm::ELLM_ISA {
 
-// Tokens whose scores are held at once; a tile is one or more blocks.
-constexpr int64_t kBlock = 64;
-constexpr float kMinusInfinity = -__builtin_inff();
-// Up to this many rows bfloat16 K and V are widened as they are read; for more, once beforehand.
-constexpr int64_t kRowsInPlace = 8;
+// Rows whose scores are held at once: enough that the softmax of one hides behind that of others,
+// few enough for the level-1 cache. A multiple of kLanes and of the height of full panels.
+constexpr int64_t kRowsAtOnce = 48;
 
-static int64_t acc_stride(int64_t head_dim) { return round_up(head_dim, kLanes); }
+struct Workspace {
+  float* q;          // [rows, stride] words
+  float* lane_sums;  // [rows, kLanes], of the part at hand
+  float* k;          // a packed block
+  float* v;
+  float* scores;  // [kRowsAtOnce, kBlock], then weights as words
+  float* keep;    // [kRowsAtOnce], what the accumulators are multiplied with
+  SoftmaxState part;
+  SoftmaxState total;
+  int64_t* position;  // [rows], of its token in the sequence
+};
 
 static int64_t attend_scratch_floats(const AttentionArgs& a, int64_t rows) {
   const int64_t stride = acc_stride(a.kv.head_dim);
-  // q, acc and total of every row; maximum and sum twice; what it sees; scores; K and V of a block.
-  return rows * (3 * stride + 4 + 2 + kBlock) + 2 * kBlock * stride;
+  // K and V of a block, its scores; q, both acc and lane_sums, maximum and sum twice, position.
+  return 2 * kBlock * stride + kRowsAtOnce * (kBlock + 1) + rows * (3 * stride + kLanes + 4 + 2);
 }
-
-// Tokens of a block that a row sees, relative to the block; none where low >= high.
-struct Seen {
-  int32_t low;
-  int32_t high;
-};
-
-struct Workspace {
-  float* q;       // [rows, stride], scaled
-  float* scores;  // [rows, kBlock]
-  float* k;       // [kBlock, stride]
-  float* v;       // [kBlock, stride]
-  SoftmaxState part;
-  SoftmaxState total;
-  Seen* seen;  // [rows], of the block at hand
-};
 
 static Workspace carve(const AttentionArgs& a, int64_t rows, float* scratch) {
   const int64_t stride = acc_stride(a.kv.head_dim);
   Workspace w;
-  w.q = scratch;
-  w.part.acc = w.q + rows * stride;
-  w.total.acc = w.part.acc + rows * stride;
-  w.k = w.total.acc + rows * stride;
+  w.k = scratch;
   w.v = w.k + kBlock * stride;
   w.scores = w.v + kBlock * stride;
-  w.part.max = w.scores + rows * kBlock;
+  w.keep = w.scores + kRowsAtOnce * kBlock;
+  w.q = w.keep + kRowsAtOnce;
+  w.part.acc = w.q + rows * stride;
+  w.total.acc = w.part.acc + rows * stride;
+  w.lane_sums = w.total.acc + rows * stride;
+  w.position = reinterpret_cast<int64_t*>(w.lane_sums + rows * kLanes);
+  w.part.max = reinterpret_cast<float*>(w.position + rows);
   w.part.sum = w.part.max + rows;
   w.total.max = w.part.sum + rows;
   w.total.sum = w.total.max + rows;
-  w.seen = reinterpret_cast<Seen*>(w.total.sum + rows);
   return w;
 }
 
-static void reset(const SoftmaxState& s, int64_t rows, int64_t stride) {
-  for (int64_t r = 0; r < rows; ++r) {
-    s.max[r] = kMinusInfinity;
-    s.sum[r] = 0.0f;
-  }
-  std::memset(s.acc, 0, rows * stride * sizeof(float));
-}
-
-static inline float exp_one(float x) { return exp(splat(x))[0]; }
-
-// total = total merged with `part`, whose tokens come after. One copy of the code for the divided
-// and the undivided path: inlined twice, a*b + c*d may be contracted in two ways.
-[[gnu::noinline]] static void merge_into(const SoftmaxState& total, const SoftmaxState& part,
-                                         int64_t rows, int64_t stride) {
-  for (int64_t r = 0; r < rows; ++r) {
-    // The row sees no token of this part. A part of NaN scores has no maximum either, but a sum.
-    if (part.sum[r] == 0.0f) continue;
-    const float max = total.max[r] > part.max[r] ? total.max[r] : part.max[r];
-    const float keep = exp_one(total.max[r] - max);
-    const float add = exp_one(part.max[r] - max);
-    total.max[r] = max;
-    total.sum[r] = total.sum[r] * keep + part.sum[r] * add;
-    float* to = total.acc + r * stride;
-    const float* from = part.acc + r * stride;
-    for (int64_t d = 0; d < stride; d += kLanes) {
-      store(to + d, load(to + d) * keep + load(from + d) * add);
-    }
-  }
-}
-
-// scores[r, j] = q[r] . k[j] for MR rows and `tokens` tokens, a multiple of kLanes.
-template <int MR, class T>
-static inline void score_rows(const float* q, const T* k, int64_t stride, int64_t tokens,
-                              float* scores) {
-  constexpr int NR = kLanes / MR;
-  for (int64_t j = 0; j < tokens; j += NR) {
-    Vec acc[kLanes] = {};
-    for (int64_t d = 0; d < stride; d += kLanes) {
-      Vec qv[MR];
-      for (int m = 0; m < MR; ++m) qv[m] = load(q + m * stride + d);
-      for (int n = 0; n < NR; ++n) {
-        const Vec kv = load(k + (j + n) * stride + d);
-        for (int m = 0; m < MR; ++m) acc[m * NR + n] += qv[m] * kv;
-      }
-    }
-    float sums[kLanes];
-    store(sums, sum_each(acc));
-    for (int m = 0; m < MR; ++m) std::memcpy(scores + m * kBlock + j, sums + m * NR, NR * 4);
-  }
-}
-
-// acc[r] += sum_j p[r, j] * v[j] for MR rows and j in [begin, end), ascending.
-template <int MR, class T>
-static inline void weigh_rows(const float* p, const T* v, int64_t v_stride, int64_t begin,
-                              int64_t end, float* acc, int64_t acc_row) {
-  constexpr int NV = kLanes == 16 || MR == 1 ? 4 : 2;  // accumulators that fit the register file
-  for (int64_t d = 0; d < acc_row; d += NV * kLanes) {
-    const int64_t vectors = min_of(NV, (acc_row - d) / kLanes);
-    if (vectors == NV) {
-      Vec sum[MR][NV];
-      for (int m = 0; m < MR; ++m)
-        for (int i = 0; i < NV; ++i) sum[m][i] = load(acc + m * acc_row + d + i * kLanes);
-      for (int64_t j = begin; j < end; ++j) {
-        Vec vv[NV];
-        for (int i = 0; i < NV; ++i) vv[i] = load(v + j * v_stride + d + i * kLanes);
-        for (int m = 0; m < MR; ++m) {
-          const Vec weight = splat(p[m * kBlock + j]);
-          for (int i = 0; i < NV; ++i) sum[m][i] += weight * vv[i];
-        }
-      }
-      for (int m = 0; m < MR; ++m)
-        for (int i = 0; i < NV; ++i) store(acc + m * acc_row + d + i * kLanes, sum[m][i]);
-      continue;
-    }
-    for (int64_t i = d; i < d + vectors * kLanes; i += kLanes) {
-      for (int m = 0; m < MR; ++m) {
-        Vec sum = load(acc + m * acc_row + i);
-        for (int64_t j = begin; j < end; ++j) {
-          sum += splat(p[m * kBlock + j]) * load(v + j * v_stride + i);
-        }
-        store(acc + m * acc_row + i, sum);
-      }
-    }
-  }
-}
-
-// weigh_rows for MR rows that each see their own tokens and read no others: 0 * v would be NaN
-// where v is not finite.
-template <int MR, class T>
-static inline void weigh_seen(const Seen* seen, const float* p, const T* v, float* acc,
-                              int64_t stride) {
-  int64_t low = seen[0].low;  // what all rows see; the rest, left and right of it, row by row
-  int64_t high = seen[0].high;
-  for (int m = 1; m < MR; ++m) {
-    low = max_of(low, seen[m].low);
-    high = min_of(high, seen[m].high);
-  }
-  high = max_of(low, high);
-  for (int m = 0; m < MR; ++m) {
-    const int64_t end = min_of(low, seen[m].high);
-    if (seen[m].low < end) {
-      weigh_rows<1>(p + m * kBlock, v, stride, seen[m].low, end, acc + m * stride, stride);
-    }
-  }
-  if (low < high) weigh_rows<MR>(p, v, stride, low, high, acc, stride);
-  for (int m = 0; m < MR; ++m) {
-    const int64_t begin = max_of(high, seen[m].low);
-    if (begin < seen[m].high) {
-      weigh_rows<1>(p + m * kBlock, v, stride, begin, seen[m].high, acc + m * stride, stride);
-    }
-  }
-}
-
-// Turns a row's raw scores into weights: tokens it does not see weigh exactly nothing, whatever
-// their memory holds.
-static inline void softmax_row(const AttentionArgs& a, float* scores, int64_t tokens, Seen row,
-                               float* max, float* sum, float* acc, int64_t stride) {
-  if (row.low >= row.high) return;
-  const IVec lanes = lane_ids();
-  const Vec minus_infinity = splat(kMinusInfinity);
-  Vec high_score = minus_infinity;
-  for (int64_t j = 0; j < tokens; j += kLanes) {
-    Vec s = load(scores + j);
-    if (a.soft_cap > 0.0f) s = a.soft_cap * tanh(s / a.soft_cap);
-    const IVec token = lanes + static_cast<int32_t>(j);
-    const IVec seen = (token >= row.low) & (token < row.high);
-    s = select(seen, s, minus_infinity);
-    store(scores + j, s);
-    high_score = vmax(s, high_score);
-  }
-  const float block_max = largest(high_score);
-  const float new_max = block_max > *max ? block_max : *max;
-  Vec weights = {};
-  for (int64_t j = 0; j < tokens; j += kLanes) {
-    const Vec p = exp(load(scores + j) - new_max);
-    store(scores + j, p);
-    weights += p;
-  }
-  float keep = 1.0f;  // what exp gives for 0: leaving the accumulators alone is the same
-  if (new_max != *max) {
-    keep = exp_one(*max - new_max);
-    for (int64_t d = 0; d < stride; d += kLanes) store(acc + d, load(acc + d) * keep);
-  }
-  *sum = *sum * keep + ellm::ELLM_ISA::sum(weights);
-  *max = new_max;
-}
-
-// Copies `tokens` rows of K or V to float32 rows of `stride` floats, zeros behind each, and zero
-// rows up to `padded`.
-template <class T>
-static inline const float* copy_rows(const T* from, int64_t tokens, int64_t padded, int64_t dim,
-                                     int64_t stride, float* to) {
-  to_float(from, kTypeOf<T>, tokens, dim, stride, to);
-  std::memset(to + tokens * stride, 0, (padded - tokens) * stride * sizeof(float));
-  return to;
-}
-
-static inline void prefetch(const void* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64)
-    __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
-}
-
-template <class T>
-static void load_queries(const AttentionArgs& a, const AttentionUnit& u, float* q) {
+template <class Arithmetic, class T>
+static void load_queries(const AttentionArgs& a, const AttentionUnit& u, const Workspace& w) {
   const int64_t group = a.q_heads / a.kv.kv_heads;
-  const int64_t stride = acc_stride(a.kv.head_dim);
+  const int64_t dim = a.kv.head_dim;
+  const int64_t stride = acc_stride(dim);
   int64_t r = 0;
   for (int64_t t = u.token_begin; t < u.token_end; ++t) {
     for (int64_t g = 0; g < group; ++g, ++r) {
       const T* from = static_cast<const T*>(a.q) +
-                      ((u.span.row_begin + t) * a.q_heads + u.kv_head * group + g) * a.kv.head_dim;
-      for (int64_t d = 0; d < stride; d += kLanes) {
-        const int64_t left = a.kv.head_dim - d;
-        const Vec v = left >= kLanes ? load(from + d) : load_part(from + d, left);
-        store(q + r * stride + d, v * a.scale);
+                      ((u.span.row_begin + t) * a.q_heads + u.kv_head * group + g) * dim;
+      w.position[r] = u.span.context_tokens + t;
+      float* to = w.q + r * stride;
+      for (int64_t d = 0; d < dim; d += kLanes * Arithmetic::kPerWord, to += kLanes) {
+        store(to, load_words<Arithmetic>(from, d, dim));
       }
     }
   }
@@ -238,95 +71,193 @@ static void load_queries(const AttentionArgs& a, const AttentionUnit& u, float* 
 template <class T>
 static void write_rows(const AttentionArgs& a, const AttentionUnit& u, const SoftmaxState& s) {
   const int64_t group = a.q_heads / a.kv.kv_heads;
-  const int64_t stride = acc_stride(a.kv.head_dim);
+  const int64_t dim = a.kv.head_dim;
+  const int64_t stride = acc_stride(dim);
   int64_t r = 0;
   for (int64_t t = u.token_begin; t < u.token_end; ++t) {
     for (int64_t g = 0; g < group; ++g, ++r) {
       T* to = static_cast<T*>(a.out) +
-              ((u.span.row_begin + t) * a.q_heads + u.kv_head * group + g) * a.kv.head_dim;
+              ((u.span.row_begin + t) * a.q_heads + u.kv_head * group + g) * dim;
       const float inverse = 1.0f / s.sum[r];
-      for (int64_t d = 0; d < a.kv.head_dim; ++d) put(to + d, s.acc[r * stride + d] * inverse);
+      for (int64_t d = 0; d < dim; d += kLanes) {
+        store_part(to + d, load(s.acc + r * stride + d) * inverse, dim - d);
+      }
     }
   }
 }
 
-// Adds a block of tokens, `padded` rows of k, to the rows' state.
-template <class T>
-static inline void attend_block(const AttentionArgs& a, const Workspace& w, int64_t rows,
-                                const T* k, const T* v, int64_t padded) {
-  const int64_t stride = acc_stride(a.kv.head_dim);
-  constexpr int MR = kLanes == 16 ? 4 : 2;
-  int64_t r = 0;
-  for (; r + MR <= rows; r += MR) {
-    score_rows<MR>(w.q + r * stride, k, stride, padded, w.scores + r * kBlock);
-  }
-  for (; r < rows; ++r) {
-    score_rows<1>(w.q + r * stride, k, stride, padded, w.scores + r * kBlock);
-  }
-  for (r = 0; r < rows; ++r) {
-    softmax_row(a, w.scores + r * kBlock, padded, w.seen[r], w.part.max + r, w.part.sum + r,
-                w.part.acc + r * stride, stride);
-  }
-  for (r = 0; r + 4 <= rows; r += 4) {
-    weigh_seen<4>(w.seen + r, w.scores + r * kBlock, v, w.part.acc + r * stride, stride);
-  }
-  for (; r < rows; ++r) {
-    weigh_seen<1>(w.seen + r, w.scores + r * kBlock, v, w.part.acc + r * stride, stride);
+// scores[m, j] = factor * q[m] . k[j] for MR rows and the tokens of a packed block.
+template <class Arithmetic, int MR>
+static inline void score_rows(const float* q, int64_t stride, const float* k, int64_t words,
+                              float factor, float* scores) {
+  constexpr int NR = kPanelVectors;
+  for (int64_t j = 0; j < kBlock; j += NR * kLanes) {
+    Vec sums[MR][NR] = {};
+    multiply_panel<Arithmetic>(q, stride, k + j, kBlock, words, sums);
+    for (int m = 0; m < MR; ++m) {
+      for (int n = 0; n < NR; ++n) {
+        store(scores + m * kBlock + j + n * kLanes, sums[m][n] * factor);
+      }
+    }
   }
 }
 
-// Adds the tokens [from, to) of one part, all inside tiles of the slot, to the rows' state.
-template <class T>
-static void attend_tokens(const AttentionArgs& a, const AttentionUnit& u, int64_t from, int64_t to,
-                          const Workspace& w) {
+// acc[m] = acc[m] * keep[m] + sum_j p[m, j] * v[j] for MR rows, from element d on.
+template <class Arithmetic, int MR, int NR = kPanelVectors>
+static inline void weigh_rows(const float* p, const float* keep, const float* v, int64_t stride,
+                              int64_t words, int64_t d, float* acc) {
+  for (; d + NR * kLanes <= stride; d += NR * kLanes) {
+    Vec sums[MR][NR];
+    for (int m = 0; m < MR; ++m) {
+      for (int n = 0; n < NR; ++n) sums[m][n] = load(acc + m * stride + d + n * kLanes) * keep[m];
+    }
+    multiply_panel<Arithmetic>(p, kBlock, v + d, stride, words, sums);
+    for (int m = 0; m < MR; ++m) {
+      for (int n = 0; n < NR; ++n) store(acc + m * stride + d + n * kLanes, sums[m][n]);
+    }
+  }
+  if constexpr (NR > 1) weigh_rows<Arithmetic, MR, NR / 2>(p, keep, v, stride, words, d, acc);
+}
+
+static inline Seen seen_by(const AttentionArgs& a, int64_t position, int64_t begin, int64_t low,
+                           int64_t high) {
+  const int64_t first = a.window > 0 ? position + 1 - a.window : 0;
+  return {max_of(low, first - begin), min_of(high, position + 1 - begin)};
+}
+
+// Calls step(height, first row) with a constant height for rows [r, end), in panels of nearly the
+// same height.
+template <int MR = kPanelRows, class Step>
+static inline void step_of(int64_t height, int64_t r, const Step& step) {
+  if (height == MR) return step(std::integral_constant<int, MR>(), r);
+  if constexpr (MR > 1) step_of<MR - 1>(height, r, step);
+}
+
+template <class Step>
+static inline void for_panels(int64_t r, int64_t end, const Step& step) {
+  for (int64_t panels = (end - r + kPanelRows - 1) / kPanelRows; panels > 0; --panels) {
+    const int64_t height = (end - r + panels - 1) / panels;
+    step_of(height, r, step);
+    r += height;
+  }
+}
+
+// Adds tokens [low, high) of the packed block that begins at token `begin` to the states of rows
+// [r, end), kRowsAtOnce at most; each takes those that it sees.
+template <class Arithmetic>
+static void attend_panels(const AttentionArgs& a, const Workspace& w, int64_t r, int64_t end,
+                          int64_t begin, int64_t low, int64_t high) {
+  const Seen of_first = seen_by(a, w.position[r], begin, low, high);
+  const Seen of_last = seen_by(a, w.position[end - 1], begin, low, high);
+  if (of_first.low >= of_last.high) return;  // no row sees any
+
+  const int64_t stride = acc_stride(a.kv.head_dim);
+  const int64_t words = words_of<Arithmetic>(a.kv.head_dim);
+  const float factor = a.soft_cap > 0.0f ? a.scale / a.soft_cap : a.scale * kLog2E;
+  for_panels(r, end, [&](auto height, int64_t m) {
+    score_rows<Arithmetic, height>(w.q + m * stride, stride, w.k, words, factor,
+                                   w.scores + (m - r) * kBlock);
+  });
+
+  const bool whole = of_last.low == 0 && of_first.high == kBlock;
+  for (int64_t first = r; first < end; first += kLanes) {
+    const int64_t count = min_of(kLanes, end - first);
+    alignas(64) float before[kLanes] = {};  // maxima; where a row sees nothing both are 0
+    alignas(64) float after[kLanes] = {};
+    Vec high_scores[kLanes];
+    for (int m = 0; m < kLanes; ++m) high_scores[m] = splat(kMinusInfinity);
+    float* scores = w.scores + (first - r) * kBlock;
+    for (int64_t m = 0; m < count; ++m) {
+      high_scores[m] = whole
+                           ? mask_scores<false>(a, scores + m * kBlock, {})
+                           : mask_scores<true>(a, scores + m * kBlock,
+                                               seen_by(a, w.position[first + m], begin, low, high));
+    }
+    store(after, largest_each(high_scores));
+    for (int64_t m = 0; m < count; ++m) {
+      const Seen seen = seen_by(a, w.position[first + m], begin, low, high);
+      if (seen.low >= seen.high) {
+        after[m] = 0.0f;
+        continue;
+      }
+      float* max = w.part.max + first + m;
+      before[m] = *max;
+      if (!(after[m] > *max)) after[m] = *max;
+      *max = after[m];
+    }
+    float* keep = w.keep + (first - r);
+    store(keep, exp2_negative(load(before) - load(after)));
+    for (int64_t m = 0; m < count; ++m) {
+      float* sums = w.lane_sums + (first + m) * kLanes;
+      store(sums, weigh_scores<Arithmetic>(scores + m * kBlock, after[m], load(sums) * keep[m]));
+    }
+  }
+  for_panels(r, end, [&](auto height, int64_t m) {
+    weigh_rows<Arithmetic, height>(w.scores + (m - r) * kBlock, w.keep + (m - r), w.v, stride,
+                                   words_of<Arithmetic>(high), 0, w.part.acc + m * stride);
+  });
+}
+
+template <class Arithmetic>
+static void attend_rows(const AttentionArgs& a, const Workspace& w, int64_t r, int64_t end,
+                        int64_t begin, int64_t low, int64_t high) {
+  for (; r < end; r += kRowsAtOnce) {
+    attend_panels<Arithmetic>(a, w, r, min_of(end, r + kRowsAtOnce), begin, low, high);
+  }
+}
+
+// Adds tokens [low, high) of the block that begins at token `begin` to the states of all rows.
+template <class Arithmetic, class T>
+static void attend_block(const AttentionArgs& a, const AttentionUnit& u, const Workspace& w,
+                         const BlockRows<T>& block, const BlockRows<T>& next, int64_t begin,
+                         int64_t low, int64_t high) {
   const int64_t group = a.q_heads / a.kv.kv_heads;
-  const int64_t stride = acc_stride(a.kv.head_dim);
   const int64_t rows = (u.token_end - u.token_begin) * group;
-  const int64_t first_position = u.span.context_tokens + u.token_begin;
-  const char* slot = a.kv_base + u.span.slot * a.kv.slot_bytes;
+  const int64_t dim = a.kv.head_dim;
+  const int64_t stride = acc_stride(dim);
+  pack_k<Arithmetic>(block.k, next.k, dim, w.k);
+  pack_v<Arithmetic>(block.v, next.v, dim, stride, w.v);
+  const Seen of_first = seen_by(a, w.position[0], begin, low, high);
+  const Seen of_last = seen_by(a, w.position[rows - 1], begin, low, high);
+  const bool all_see_all = of_last.low <= low && of_first.high >= high;
+  if (all_see_all || all_finite(block.v, dim)) {
+    return attend_rows<Arithmetic>(a, w, 0, rows, begin, low, high);
+  }
+  // A weight of 0 does not silence a V that is not finite: each token gets a V of its own, with
+  // zeros for what it does not see.
+  for (int64_t r = 0; r < rows; r += group) {
+    const Seen seen = seen_by(a, w.position[r], begin, low, high);
+    if (seen.low >= seen.high) continue;
+    BlockRows<T> own;
+    find_rows(a, u, begin, seen.low, seen.high, &own);
+    pack_v<Arithmetic>(own.v, next.v, dim, stride, w.v);
+    attend_rows<Arithmetic>(a, w, r, r + group, begin, seen.low, seen.high);
+  }
+}
 
-  for (int64_t tile = from / a.kv.tile_tokens; tile * a.kv.tile_tokens < to; ++tile) {
-    const int64_t tile_begin = tile * a.kv.tile_tokens;
-    const char* head_k = slot + a.kv.offset_bytes(a.layer, 0, u.kv_head, tile_begin);
-    const char* head_v = slot + a.kv.offset_bytes(a.layer, 1, u.kv_head, tile_begin);
-    for (int64_t block = 0; block < a.kv.tile_tokens; block += kBlock) {
-      const int64_t begin = tile_begin + block;
-      const int64_t in_tile = min_of(kBlock, a.kv.tile_tokens - block);
-      const int64_t end = min_of(begin + in_tile, to);
-      if (end <= from || begin >= to) continue;
-      const int64_t tokens = end - begin;
-      const int64_t padded = round_up(tokens, kLanes);
-      const T* k = reinterpret_cast<const T*>(head_k) + block * a.kv.head_dim;
-      const T* v = reinterpret_cast<const T*>(head_v) + block * a.kv.head_dim;
-      const int64_t ahead = end == to ? 0 : a.kv.chunk_bytes / static_cast<int64_t>(sizeof(T));
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t position = first_position + r / group;
-        const int64_t first_seen = a.window > 0 ? max_of(0, position + 1 - a.window) : 0;
-        w.seen[r] = {static_cast<int32_t>(max_of(max_of(first_seen, from), begin) - begin),
-                     static_cast<int32_t>(min_of(position + 1, end) - begin)};
-      }
-      // Reading K in place goes up to padded rows, past the tile's end by fewer than kLanes: that
-      // is V of the same chunk, whose scores softmax_row drops.
-      if (a.kv.head_dim == stride && (sizeof(T) == sizeof(float) || rows <= kRowsInPlace)) {
-        prefetch(k + ahead, tokens * a.kv.head_dim * sizeof(T));
-        prefetch(v + ahead, tokens * a.kv.head_dim * sizeof(T));
-        attend_block(a, w, rows, k, v, padded);
-      } else {
-        attend_block(a, w, rows, copy_rows(k, tokens, padded, a.kv.head_dim, stride, w.k),
-                     copy_rows(v, tokens, tokens, a.kv.head_dim, stride, w.v), padded);
-      }
-    }
+// Adds the tokens [from, to) of the part that begins at part_begin to the state w.part.
+template <class Arithmetic, class T>
+static void attend_part(const AttentionArgs& a, const AttentionUnit& u, int64_t part_begin,
+                        int64_t from, int64_t to, const Workspace& w) {
+  BlockRows<T> blocks[2];
+  int64_t begin = from - (from - part_begin) % kBlock;
+  find_rows(a, u, begin, from - begin, min_of(kBlock, to - begin), &blocks[0]);
+  for (int i = 0; begin < to; begin += kBlock, i ^= 1) {
+    const int64_t next = begin + kBlock;
+    find_rows(a, u, next, 0, min_of(kBlock, to - next), &blocks[i ^ 1]);
+    attend_block<Arithmetic>(a, u, w, blocks[i], blocks[i ^ 1], begin, max_of(0, from - begin),
+                             min_of(kBlock, to - begin));
   }
 }
 
 template <class T>
 static void attend_typed(const AttentionArgs& a, const AttentionUnit& u, float* scratch,
                          const SoftmaxState* partial) {
-  const int64_t group = a.q_heads / a.kv.kv_heads;
+  using Arithmetic = ArithmeticFor<T>;
   const int64_t stride = acc_stride(a.kv.head_dim);
-  const int64_t rows = (u.token_end - u.token_begin) * group;
+  const int64_t rows = (u.token_end - u.token_begin) * (a.q_heads / a.kv.kv_heads);
   Workspace w = carve(a, rows, scratch);
-  load_queries<T>(a, u, w.q);
+  load_queries<Arithmetic, T>(a, u, w);
   if (!partial) reset(w.total, rows, stride);
 
   const int64_t first_position = u.span.context_tokens + u.token_begin;
@@ -335,9 +266,12 @@ static void attend_typed(const AttentionArgs& a, const AttentionUnit& u, float* 
   for (int64_t part = u.part_begin; part < u.part_end; ++part) {
     if (partial) w.part = partial[part - u.part_begin];
     reset(w.part, rows, stride);
-    const int64_t from = max_of(part * a.part_tokens, first_seen);
-    const int64_t to = min_of((part + 1) * a.part_tokens, last_position + 1);
-    if (from < to) attend_tokens<T>(a, u, from, to, w);
+    std::memset(w.lane_sums, 0, rows * kLanes * sizeof(float));
+    const int64_t part_begin = part * a.part_tokens;
+    const int64_t from = max_of(part_begin, first_seen);
+    const int64_t to = min_of(part_begin + a.part_tokens, last_position + 1);
+    if (from < to) attend_part<Arithmetic, T>(a, u, part_begin, from, to, w);
+    for (int64_t r = 0; r < rows; ++r) w.part.sum[r] = sum(load(w.lane_sums + r * kLanes));
     if (!partial) merge_into(w.total, w.part, rows, stride);
   }
   if (!partial) write_rows<T>(a, u, w.total);

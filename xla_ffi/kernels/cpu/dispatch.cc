@@ -15,15 +15,25 @@ const Kernels& table();
 namespace avx512 {
 const Kernels& table();
 }
+namespace avx512_bf16 {
+const Kernels& table();
+}
+#endif
+
+#ifdef ELLM_X86
+static bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
 #endif
 
 const Kernels* kernels_for(const char* isa) {
 #ifdef ELLM_X86
-  if (std::strcmp(isa, "avx512") == 0) {
-    const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    return has ? &avx512::table() : nullptr;
+  if (std::strcmp(isa, "avx512_bf16") == 0) {
+    const bool has = has_avx512() && __builtin_cpu_supports("avx512bf16");
+    return has ? &avx512_bf16::table() : nullptr;
   }
+  if (std::strcmp(isa, "avx512") == 0) return has_avx512() ? &avx512::table() : nullptr;
   if (std::strcmp(isa, "avx2") == 0) {
     const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     return has ? &avx2::table() : nullptr;
@@ -34,7 +44,7 @@ const Kernels* kernels_for(const char* isa) {
 
 const Kernels& kernels() {
   static const Kernels& best = []() -> const Kernels& {
-    for (const char* isa : {"avx512", "avx2"}) {
+    for (const char* isa : {"avx512_bf16", "avx512", "avx2"}) {
       if (const Kernels* found = kernels_for(isa)) return *found;
     }
     return generic::table();

@@ -8,7 +8,8 @@ namespace ellm {
 // The best table this CPU can run.
 const Kernels& kernels();
 
-// The table named `isa` ("avx512", "avx2", "generic"), or null where the CPU or the build lacks it.
+// The table named `isa` ("avx512_bf16", "avx512", "avx2", "generic"), or null where the CPU or the
+// build lacks it.
 const Kernels* kernels_for(const char* isa);
 
 // Name of the table that kernels() returns.

@@ -18,9 +18,12 @@ inline int64_t element_bytes(ElementType type) { return type == ElementType::kFl
 
 // out[m, n] = sum_k x[m, k] * w[n, k], accumulated in float32.
 struct LinearArgs {
-  const float* x;    // [rows, x_stride], zero beyond k up to x_stride
-  int64_t x_stride;  // floats, a multiple of Kernels::lanes
-  const void* w;     // [n, k] of w_type, dense
+  // [rows, x_stride] float32, zero beyond k up to x_stride, a multiple of Kernels::lanes. Or, where
+  // Kernels::bf16_pairs and w is bfloat16, [rows, k] bfloat16, dense; x_stride is k.
+  const void* x;
+  ElementType x_type;
+  int64_t x_stride;
+  const void* w;  // [n, k] of w_type, dense
   ElementType w_type;
   void* out;  // [rows, n] of out_type, dense
   ElementType out_type;
@@ -49,7 +52,7 @@ struct AttentionArgs {
   int64_t window;  // a token sees the last `window` tokens, itself included; 0: all
   float scale;
   float soft_cap;       // cap * tanh(score / cap); 0: none
-  int64_t part_tokens;  // online softmax starts afresh every part_tokens (a multiple of the tile)
+  int64_t part_tokens;  // the online softmax starts afresh every part_tokens
 };
 
 // Rows [token_begin, token_end) of a sequence with one KV head, over the parts
@@ -63,7 +66,8 @@ struct AttentionUnit {
   int64_t part_end;
 };
 
-// Online-softmax state of `rows` query rows: maximum, sum, and the weighted V, unnormalised.
+// Online-softmax state of `rows` query rows: maximum (to the base 2), sum, and the weighted V,
+// unnormalised.
 struct SoftmaxState {
   float* max;  // [rows]
   float* sum;  // [rows]
@@ -72,7 +76,8 @@ struct SoftmaxState {
 
 struct Kernels {
   const char* isa;
-  int64_t lanes;  // float32 lanes of a vector
+  int64_t lanes;    // float32 lanes of a vector
+  bool bf16_pairs;  // products of two bfloat16 are taken as they are, not widened
 
   // Converts [rows, k] of `type` to float32 rows of `x_stride` floats, zero padded.
   void (*to_float)(const void* x, ElementType type, int64_t rows, int64_t k, int64_t x_stride,

@@ -1,12 +1,9 @@
-#include "kernels/cpu/attention.inl"
-#include "kernels/cpu/linear.inl"
-#include "kernels/cpu/norm.inl"
+#include "kernels/cpu/table.inl"
 
 namespace ellm::ELLM_ISA {
 
 const Kernels& table() {
-  static const Kernels table = {"avx512", kLanes, to_float,   linear,   attend_scratch_floats,
-                                attend,   merge,  acc_stride, rms_norm, silu_mul};
+  static const Kernels table = make_table("avx512");
   return table;
 }
 

@@ -27,8 +27,13 @@ void linear(const Kernels& kernels, const void* x, ElementType x_type, const voi
   args.rows = rows;
   args.n = n;
   args.k = k;
+  args.x_type = ElementType::kFloat32;
   if (x_type == ElementType::kFloat32 && k % kernels.lanes == 0) {
-    args.x = static_cast<const float*>(x);
+    args.x = x;
+    args.x_stride = k;
+  } else if (kernels.bf16_pairs && x_type == ElementType::kBFloat16 && w_type == x_type) {
+    args.x = x;
+    args.x_type = x_type;
     args.x_stride = k;
   } else {
     args.x_stride = (k + kernels.lanes - 1) / kernels.lanes * kernels.lanes;

@@ -10,13 +10,6 @@ static inline Vec load_up_to(const T* p, int64_t left) {
 }
 
 template <class T>
-static inline void put_up_to(T* p, Vec v, int64_t left) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int64_t i = 0; i < min_of(left, kLanes); ++i) put(p + i, lanes[i]);
-}
-
-template <class T>
 static void rms_norm_typed(const T* x, const T* scale, T* out, int64_t rows, int64_t n, float eps) {
   for (int64_t r = 0; r < rows; ++r, x += n, out += n) {
     Vec squares = {};
@@ -27,7 +20,7 @@ static void rms_norm_typed(const T* x, const T* scale, T* out, int64_t rows, int
     const float inverse = 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(n) + eps);
     for (int64_t i = 0; i < n; i += kLanes) {
       const Vec v = load_up_to(x + i, n - i) * inverse;
-      put_up_to(out + i, v * load_up_to(scale + i, n - i), n - i);
+      store_part(out + i, v * load_up_to(scale + i, n - i), n - i);
     }
   }
 }
@@ -49,7 +42,7 @@ static void silu_mul_typed(const T* x, T* out, int64_t rows, int64_t n) {
     for (int64_t i = 0; i < n; i += kLanes) {
       const Vec gate = load_up_to(x + i, n - i);
       const Vec up = load_up_to(x + n + i, n - i);
-      put_up_to(out + i, gate / (1.0f + exp(-gate)) * up, n - i);
+      store_part(out + i, gate / (1.0f + exp(-gate)) * up, n - i);
     }
   }
 }

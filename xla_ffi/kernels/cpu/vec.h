@@ -10,6 +10,12 @@
 #include "kernels/cpu/kernels.h"
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512BF16__)
+#define ELLM_ISA avx512_bf16
+#elif defined(__AVX512F__)
 #define ELLM_ISA avx512
 #elif defined(__AVX2__)
 #define ELLM_ISA avx2
@@ -85,6 +91,25 @@ static inline uint16_t to_bf16(float x) {
 static inline void put(float* p, float x) { *p = x; }
 static inline void put(uint16_t* p, float x) { *p = to_bf16(x); }
 
+// to_bf16 of every lane.
+static inline void store(uint16_t* bf16, Vec v) {
+  UVec u;
+  std::memcpy(&u, &v, sizeof u);
+  const UVec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const UVec nan = (u >> 16) | 0x40u;
+  const HVec h = __builtin_convertvector((u & 0x7fffffffu) > 0x7f800000u ? nan : rounded, HVec);
+  std::memcpy(bf16, &h, sizeof h);
+}
+
+// The first n lanes, up to all of them.
+template <class T>
+static inline void store_part(T* p, Vec v, int64_t n) {
+  if (n >= kLanes) return store(p, v);
+  T lanes[kLanes];
+  store(lanes, v);
+  std::memcpy(p, lanes, n * sizeof(T));
+}
+
 // v with lanes i and i ^ Stride exchanged.
 template <int Stride>
 static inline Vec exchange(Vec v) {
@@ -116,6 +141,26 @@ static inline Vec sum_each(const Vec* vectors) {
   }
 }
 
+// One stage of transpose(): vectors i and i + Stride exchange the lanes that differ in that bit.
+template <int Stride>
+static inline void swap_lanes(Vec* a, Vec* b) {
+  const IVec upper = (lane_ids() & Stride) != 0;
+  const Vec low = select(upper, exchange<Stride>(*b), *a);
+  *b = select(upper, *b, exchange<Stride>(*a));
+  *a = low;
+}
+
+// Lane j of vector i becomes lane i of vector j, for kLanes vectors.
+template <int Stride = kLanes / 2>
+static inline void transpose(Vec* v) {
+  if constexpr (Stride > 0) {
+    for (int i = 0; i < kLanes; ++i) {
+      if ((i & Stride) == 0) swap_lanes<Stride>(v + i, v + i + Stride);
+    }
+    transpose<Stride / 2>(v);
+  }
+}
+
 // The remaining strides of the tree: Stride, 2 * Stride, ...
 template <int Stride>
 static inline Vec sum_strides(Vec v) {
@@ -128,16 +173,19 @@ static inline Vec sum_strides(Vec v) {
 
 static inline float sum(Vec v) { return sum_strides<1>(v)[0]; }
 
-// The largest lane; no lane may be NaN.
-static inline float largest(Vec v) {
-#if defined(__AVX512F__)
-  v = vmax(v, exchange<8>(v));
-#endif
-#if defined(__AVX2__)
-  v = vmax(v, exchange<4>(v));
-#endif
-  v = vmax(v, exchange<2>(v));
-  return vmax(v, exchange<1>(v))[0];
+// Lane i: the largest lane of vectors[i % Count], complete when Count == kLanes; no lane may be
+// NaN.
+template <int Count = kLanes>
+static inline Vec largest_each(const Vec* vectors) {
+  if constexpr (Count == 1) {
+    return vectors[0];
+  } else {
+    constexpr int kStride = Count / 2;
+    const Vec a = largest_each<kStride>(vectors);
+    const Vec b = largest_each<kStride>(vectors + kStride);
+    const IVec upper = (lane_ids() & kStride) != 0;
+    return vmax(select(upper, b, a), exchange<kStride>(select(upper, a, b)));
+  }
 }
 
 // e^x to about 1 ulp; 0 below -87.3, which includes minus infinity; NaN stays NaN.
@@ -159,6 +207,45 @@ static inline Vec exp(Vec x) {
   bits += __builtin_convertvector(n, IVec) << 23;
   std::memcpy(&p, &bits, sizeof p);
   return select(x < splat(-87.3f), Vec{}, p);
+}
+
+enum class Accuracy { kFull, kBFloat16 };
+
+// 2^x for x <= 0, to about 3 ulp or to 1.1e-4 of it; exact for whole x; 0 below -126, which
+// includes minus infinity; NaN stays NaN.
+template <Accuracy accuracy = Accuracy::kFull>
+static inline Vec exp2_negative(Vec x) {
+#if defined(__AVX512F__)
+  const Vec n =
+      _mm512_maskz_roundscale_ps(0xffff, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const Vec shifted = x + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec n = shifted - 12582912.0f;
+#endif
+  const Vec r = x - n;
+  Vec p;
+  if constexpr (accuracy == Accuracy::kFull) {
+    p = splat(1.326472731e-03f);
+    p = p * r + 9.671512991e-03f;
+    p = p * r + 5.550733581e-02f;
+    p = p * r + 2.402224243e-01f;
+    p = p * r + 6.931470037e-01f;
+  } else {
+    p = splat(5.500893295e-02f);
+    p = p * r + 2.422109693e-01f;
+    p = p * r + 6.932829022e-01f;
+  }
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ), p, n);
+#else
+  IVec exponent, bits;  // the integer is in the low bits of `shifted`
+  std::memcpy(&exponent, &shifted, sizeof exponent);
+  std::memcpy(&bits, &p, sizeof bits);
+  bits += exponent << 23;
+  std::memcpy(&p, &bits, sizeof p);
+  return select(x < splat(-126.0f), Vec{}, p);
+#endif
 }
 
 static inline Vec tanh(Vec x) { return 1.0f - 2.0f / (exp(x + x) + 1.0f); }

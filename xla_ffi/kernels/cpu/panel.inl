@@ -1,0 +1,65 @@
+// Small matrix products in registers, in one of two arithmetics. Both see 32-bit words: a word is a
+// float32, or a pair of bfloat16 that one instruction multiplies and adds. Along the words every
+// element of the result is accumulated in order, one word at a time, so it has the same bits in a
+// panel of any height.
+#pragma once
+
+#include <type_traits>
+
+#include "kernels/cpu/rows.inl"
+
+namespace ellm::ELLM_ISA {
+
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
+struct Floats {
+  static constexpr int kPerWord = 1;  // elements
+  static inline Vec spread(const float* word) { return splat(*word); }
+  static inline Vec multiply_add(Vec sum, Vec a, Vec b) { return sum + a * b; }
+};
+
+#if defined(__AVX512BF16__)
+struct Pairs {
+  static constexpr int kPerWord = 2;
+  static inline Vec spread(const float* word) {
+    int32_t bits;
+    std::memcpy(&bits, word, sizeof bits);
+    return reinterpret_cast<Vec>(_mm512_set1_epi32(bits));
+  }
+  static inline Vec multiply_add(Vec sum, Vec a, Vec b) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
+};
+#else
+using Pairs = Floats;
+#endif
+
+// The arithmetic for operands that are all of element type T.
+template <class T>
+using ArithmeticFor = std::conditional_t<kHasPairs && sizeof(T) == 2, Pairs, Floats>;
+
+// Rows and vectors of a panel, at most: the sums fill the register file beside the operands.
+constexpr int kPanelRows = kLanes == 16 ? 6 : 3;
+constexpr int kPanelVectors = 4;
+
+// sums[m][n] += sum_i a[m, i] * b[i, n] for MR rows, NR vectors and i < words.
+template <class Arithmetic, int MR, int NR>
+static inline void multiply_panel(const float* a, int64_t a_stride, const float* b,
+                                  int64_t b_stride, int64_t words, Vec (&sums)[MR][NR]) {
+  for (int64_t i = 0; i < words; ++i) {
+    Vec bv[NR];
+    for (int n = 0; n < NR; ++n) bv[n] = load(b + i * b_stride + n * kLanes);
+    for (int m = 0; m < MR; ++m) {
+      const Vec av = Arithmetic::spread(a + m * a_stride + i);
+      for (int n = 0; n < NR; ++n) {
+        sums[m][n] = Arithmetic::multiply_add(sums[m][n], av, bv[n]);
+      }
+    }
+  }
+}
+
+}  // namespace ellm::ELLM_ISA
