@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import gc
 import pathlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from ellm_jax._native import KvCache, KvLayout, OutOfMemory, Pool
+from ellm_jax._native import (
+    Copier,
+    HostBuffer,
+    KvCache,
+    KvLayout,
+    OutOfMemory,
+    Pool,
+    malloc_retain,
+    malloc_trim,
+)
 from ellm_jax.checkpoint import load_model, read_config, resolve_dtype, weights_bytes
 from ellm_jax.config import EngineConfig, format_bytes
+from ellm_jax.executor import DeviceExecutor
 from ellm_jax.host_loop import HostLoop
+from ellm_jax.memory.events import EventLog
+from ellm_jax.memory.host_tier import HostTier
 from ellm_jax.memory.ledger import Ledger
 from ellm_jax.memory.system import default_limit_bytes
 from ellm_jax.models.config import ModelConfig
+from ellm_jax.models.decoder import Decoder
 from ellm_jax.request import Request
 from ellm_jax.runtime import ops
 from ellm_jax.runtime.buckets import Buckets
@@ -24,6 +38,9 @@ from ellm_jax.runtime.runner import Runner
 from ellm_jax.runtime.sampler import state_bytes
 from ellm_jax.runtime.shapes import StepMode
 from ellm_jax.scheduler.batching import Scheduler
+from ellm_jax.scheduler.cost import CostModel
+from ellm_jax.scheduler.policy import POLICIES, Sizes
+from ellm_jax.scheduler.slo import SloBuffer
 
 TINY_MODEL = pathlib.Path(__file__).parent / "tiny"
 """The model in the package."""
@@ -31,6 +48,12 @@ TINY_MODEL = pathlib.Path(__file__).parent / "tiny"
 
 _STATE_SHARE = 1 / 16
 """Most of the limit that the sampler state takes; requests that need a row of it wait for one."""
+_RETAINED_BYTES = 16 << 20
+"""What XLA's allocator on the CPU, the heap, keeps of a step's memory for the next one. Enough for
+decoding; what prefilling takes beyond it goes back when the step ends, which costs a page fault per
+4 KiB, under a thousandth of such a step."""
+_SMALLEST_SHARE_TOKENS = 2048
+"""KV of so many tokens is the least that the host tier's logical size is scaled down to."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +62,7 @@ class Assembly:
 
     Attributes:
         loop: the host loop.
+        compiler: of its steps.
         model_config: of the model.
         dtype: what it computes in.
         max_model_len: most tokens of prompt and output together.
@@ -46,6 +70,7 @@ class Assembly:
     """
 
     loop: HostLoop
+    compiler: StepCompiler
     model_config: ModelConfig
     dtype: str
     max_model_len: int
@@ -94,42 +119,80 @@ def assemble(
             f"{format_bytes(weights)} in {dtype}; raise device_memory, or choose a smaller model"
         ) from error
     kv = KvCache(pool, layout)
+    rules = POLICIES[config.policy](
+        Sizes(max_model_len, config.max_num_seqs, config.max_batch_tokens)
+    )
     # The neutral row, and one for each request that may run with penalties, bias or min_tokens.
     row_bytes = state_bytes(1, model_config.vocab_size)
     affordable = int(limit_bytes * _STATE_SHARE) // row_bytes
     state_rows = min(config.max_num_seqs + 1, max(2, affordable))
     workspace = state_rows * row_bytes
 
+    malloc_retain(_RETAINED_BYTES)
     ops.register()
     use_compilation_cache(config.compilation_cache)
     model, _ = load_model(path, dtype=dtype, progress=config.progress)
     runner = Runner(model, model_config, kv.id, config.max_num_seqs, state_rows)
     del model
     gc.collect()
-    ledger = Ledger(pool, kv)
-    buckets = Buckets(config.max_num_seqs, config.max_batch_tokens)
+    buckets = Buckets(config.max_num_seqs, rules.max_rows)
     compiler = StepCompiler(runner, buckets, progress=config.progress)
     if config.warm_up:
         compiler.warm_up()
 
     smallest_need_bytes = compiler.need_bytes(buckets.smallest_prefill, 1, StepMode(), True)
-    missing = weights + workspace + smallest_need_bytes + layout.chunk_bytes - limit_bytes
+    floor_bytes = 0
+    if rules.reserved_rows:
+        floor_bytes = compiler.need_bytes(
+            rules.reserved_rows, config.max_num_seqs, StepMode(), True
+        )
+    activations = max(smallest_need_bytes, floor_bytes)
+    missing = weights + workspace + activations + layout.chunk_bytes - limit_bytes
     if missing > 0:
         compiler.close()
+        step = "reserved" if floor_bytes else "smallest"
         raise MemoryError(
             f"device_memory is {format_bytes(limit_bytes)}; beside weights of "
-            f"{format_bytes(weights)} the smallest step with its KV cache and the engine's own "
-            f"arrays needs {format_bytes(limit_bytes + missing - weights)}; raise device_memory "
-            f"by {format_bytes(missing)} or more"
+            f"{format_bytes(weights)} the {step} step with its "
+            "KV cache and the engine's own arrays needs "
+            f"{format_bytes(limit_bytes + missing - weights)}; raise device_memory by "
+            f"{format_bytes(missing)} or more"
         )
     pool.reserve("workspace", workspace)
+    events = EventLog(time.monotonic)
+    ledger = Ledger(
+        pool,
+        kv,
+        events,
+        trim_heap=malloc_trim,
+        retained_bytes=_RETAINED_BYTES,
+        prefix_caching=config.prefix_caching,
+        floor_bytes=floor_bytes,
+    )
+    cost = CostModel()
+    host = slo = None
+    if rules.host_tier:
+        host_bytes = config.host_memory_bytes
+        buffer = HostBuffer(layout.chunk_bytes, host_bytes)
+        host = HostTier(buffer, Copier(), kv, events, cost.observe_copy)
+        smallest = layout.chunks_for(min(max_model_len, _SMALLEST_SHARE_TOKENS))
+        slo = SloBuffer(host_bytes, smallest * layout.chunk_bytes)
     scheduler = Scheduler(
         ledger,
         compiler.need_bytes,
         buckets.rows_below,
-        config.max_num_seqs,
-        buckets.max_rows,
-        state_rows - 1,
+        rules,
+        cost,
+        max_num_seqs=config.max_num_seqs,
+        state_rows=state_rows - 1,
+        smallest_prefill=buckets.smallest_prefill,
+        host=host,
+        slo=slo,
     )
-    loop = HostLoop(runner, compiler, ledger, scheduler, on_token, on_finish)
-    return Assembly(loop, model_config, dtype, max_model_len, smallest_need_bytes)
+
+    def reload() -> Decoder:
+        return load_model(path, dtype=dtype, progress=False)[0]
+
+    executor = DeviceExecutor(runner, weights, reload)
+    loop = HostLoop(executor, compiler, ledger, scheduler, on_token, on_finish, host=host, slo=slo)
+    return Assembly(loop, compiler, model_config, dtype, max_model_len, smallest_need_bytes)

@@ -13,6 +13,9 @@ DTYPES = ("float32", "bfloat16")
 """What an engine computes in."""
 
 _MAX_BYTES = 2**60
+POLICY_NAMES = ("elastic", "intra", "inter", "static-chunked", "static")
+"""How memory is divided; see `ellm_jax.scheduler.policy`."""
+
 _MAX_COUNTS = {"max_model_len": 2**31 - 1, "max_num_seqs": 4096, "max_batch_tokens": 65536}
 _MAX_IDLE_S = 1e9  # what threads can wait for has a limit, not far above
 
@@ -65,7 +68,18 @@ class EngineConfig:
         max_model_len: most tokens of prompt and output together; None: the model's context.
         max_num_seqs: most requests that run at once; at most 4096.
         max_batch_tokens: most tokens of a step, at most 65536; longer prompts are prefilled in
-            chunks.
+            chunks. None: the policy's own, 2048 for "elastic".
+        host_memory: bytes of host memory, beside `device_memory`, that KV of requests may be moved
+            to when the device is short, as bytes or text. 0: none.
+        policy: how memory is divided: "elastic" (it moves between activations, KV cache and host
+            memory), or what that is compared with: "intra" (within the device only), "inter"
+            (between device and host only), "static-chunked" and "static" (activations are reserved
+            for a step of 512 tokens, or for the longest prompt).
+        ttft_ms: target for the time to the first token, in milliseconds, of requests that bring
+            none of their own. None: no target.
+        tpot_ms: the same for the mean time per token after the first. None: no target.
+        prefix_caching: keep the KV of prompts and answers, as long as nobody needs the memory, for
+            requests that begin the same way.
         warm_up: compile the common step shapes at start rather than when first needed.
         idle_trim_s: seconds without work after which memory that nobody uses goes back to the
             system; the next request pays for mapping it again. None means never.
@@ -78,7 +92,12 @@ class EngineConfig:
     dtype: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 64
-    max_batch_tokens: int = 512
+    max_batch_tokens: int | None = None
+    host_memory: int | str = 0
+    policy: str = "elastic"
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    prefix_caching: bool = True
     warm_up: bool = True
     idle_trim_s: float | None = 1.0
     compilation_cache: str | None = None
@@ -97,7 +116,15 @@ class EngineConfig:
             )
         for name, most in _MAX_COUNTS.items():
             _check_count(name, getattr(self, name), most)
-        for name in ("warm_up", "progress"):
+        parse_bytes(self.host_memory)
+        if self.policy not in POLICY_NAMES:
+            raise ValueError(
+                f"policy={self.policy!r}: there are {', '.join(POLICY_NAMES)}; "
+                "leave it out for elastic"
+            )
+        for name in ("ttft_ms", "tpot_ms"):
+            check_target(name, getattr(self, name))
+        for name in ("warm_up", "progress", "prefix_caching"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}: must be True or False")
         if self.compilation_cache is not None and not isinstance(self.compilation_cache, str):
@@ -112,9 +139,24 @@ class EngineConfig:
         """The limit in bytes, or None for what is free at start."""
         return None if self.device_memory is None else parse_bytes(self.device_memory)
 
+    @property
+    def host_memory_bytes(self) -> int:
+        """The host tier's limit in bytes."""
+        return parse_bytes(self.host_memory)
+
+
+def check_target(name: str, value: object) -> None:
+    """Raises ValueError or TypeError unless `value` is a latency in milliseconds, or None."""
+    if value is None:
+        return
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: must be a number of milliseconds, or None")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}={value!r}: must be above 0 milliseconds; use None for no target")
+
 
 def _check_count(name: str, value: object, most: int) -> None:
-    if value is None and name == "max_model_len":
+    if value is None and name in ("max_model_len", "max_batch_tokens"):
         return
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}={value!r}: must be a whole number from 1 to {most}")

@@ -1,4 +1,4 @@
-"""The engine as its users hold it: generate, stream, abort, look into the memory."""
+"""The engine as its users hold it: generate, stream, abort, look into the memory and resize it."""
 
 from __future__ import annotations
 
@@ -6,40 +6,39 @@ import asyncio
 import atexit
 import dataclasses
 import itertools
-import logging
 import pathlib
 import queue
-import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
-from typing import Any, cast
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import Future
+from typing import cast
 
 from tqdm import tqdm
 
 from ellm_jax import _native
 from ellm_jax.assembly import TINY_MODEL, Assembly, assemble
-from ellm_jax.config import EngineConfig
-from ellm_jax.intake import Group, Intake, Prompt, is_single, params_per_prompt
+from ellm_jax.config import EngineConfig, format_bytes, parse_bytes
+from ellm_jax.engine_thread import EngineClosed, EngineThread
+from ellm_jax.host_loop import HostLoop
+from ellm_jax.intake import Group, Intake, Prompt, RequestOptions, is_single, params_per_prompt
 from ellm_jax.loop_stats import LoopStats
+from ellm_jax.memory.events import MemoryEvent
 from ellm_jax.memory.report import MemoryReport
 from ellm_jax.outputs import RequestOutput
-from ellm_jax.request import Request, Status
 from ellm_jax.sampling import SamplingParams
 from ellm_jax.tokenizer import Tokenizer, TokenizerMissing
 
-_Listener = Callable[[Group], None]
-_log = logging.getLogger(__name__)
-
-
-class EngineClosed(RuntimeError):  # a state, not only an error
-    """The engine was closed, or has failed; its message says which."""
+__all__ = ["Engine", "EngineClosed"]
 
 
 class Engine:
     """Serves requests from a thread of its own until it is closed. Methods may be called from any
     thread. Usable as a context manager.
+
+    The methods that take a prompt also take, for all its completions: `priority` (lower is sooner;
+    a level counts as ten seconds of waiting), `ttft_ms` and `tpot_ms` (latency targets in
+    milliseconds instead of the engine's), and `cache_salt` (requests with different salts share no
+    cached prefixes).
 
     Attributes:
         config: how it was set up.
@@ -52,28 +51,21 @@ class Engine:
     def __init__(self, path: str | pathlib.Path, config: EngineConfig):
         """Use `from_pretrained`."""
         self.config = config
-        self._listeners: dict[Group, _Listener] = {}
-        self._by_id: dict[str, Group] = {}
-        self._group_of: dict[Request, Group] = {}
-        self._changed: dict[Group, None] = {}
-        self._wake = threading.Condition()
-        self._commands: deque[Callable[[], None]] = deque()
-        self._closing = False
-        self._failure: BaseException | None = None
         self._ids = itertools.count()
-
         try:
             self.tokenizer: Tokenizer | None = Tokenizer.from_dir(path)
         except TokenizerMissing:
             self.tokenizer = None
-        assembly = assemble(path, config, self._on_token, self._on_finish)
+        self._thread = EngineThread(config.idle_trim_s, _trim_if_idle)
+        assembly = assemble(path, config, self._thread.on_token, self._thread.on_finish)
         self._loop = assembly.loop
+        self._compiler = assembly.compiler
         self.model_config = assembly.model_config
         self.dtype = assembly.dtype
         self.max_model_len = assembly.max_model_len
+        self._smallest_need_bytes = assembly.smallest_need_bytes
         self._intake = self._make_intake(assembly)
-        self._thread = threading.Thread(target=self._run, name="ellm-engine", daemon=True)
-        self._thread.start()
+        self._thread.start(self._loop)
         # A thread inside XLA while the interpreter goes away would take the process down.
         atexit.register(self.close)
 
@@ -96,10 +88,16 @@ class Engine:
             model_config=assembly.model_config,
             tokenizer=self.tokenizer,
             max_model_len=assembly.max_model_len,
-            room_bytes=ledger.capacity_bytes - assembly.smallest_need_bytes,
+            room_bytes=self._room_bytes(),
             tile_tokens=ledger.kv.layout.tile_tokens,
             chunk_bytes=ledger.chunk_bytes,
+            defaults=RequestOptions(ttft_ms=self.config.ttft_ms, tpot_ms=self.config.tpot_ms),
         )
+
+    def _room_bytes(self) -> int:
+        """What one request alone can take of the KV cache."""
+        ledger = self._loop.ledger
+        return ledger.capacity_bytes - max(self._smallest_need_bytes, ledger.floor_bytes)
 
     # What users call.
 
@@ -109,6 +107,10 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool = False,
+        priority: int = 0,
+        ttft_ms: float | None = None,
+        tpot_ms: float | None = None,
+        cache_salt: str = "",
     ) -> list[RequestOutput]:
         """Completes prompts and returns when all are done, in the order of the prompts.
 
@@ -119,6 +121,7 @@ class Engine:
             prompts: one prompt or several; each a text, token ids, or the messages of a chat.
             params: for all, or one per prompt.
             progress: show a progress bar.
+            priority, ttft_ms, tpot_ms, cache_salt: see the class.
 
         Raises:
             ValueError, TypeError: a prompt or parameters that do not suit the model.
@@ -126,8 +129,9 @@ class Engine:
         """
         several = cast("list[Prompt]", [prompts] if is_single(prompts) else list(prompts))
         now = time.monotonic()
+        options = RequestOptions(priority, ttft_ms, tpot_ms, cache_salt)
         groups = [
-            self._intake.group(prompt, each, self._next_id(), now)
+            self._intake.group(prompt, each, self._next_id(), now, options)
             for prompt, each in zip(several, params_per_prompt(params, len(several)), strict=True)
         ]
         finished: queue.SimpleQueue[Group] = queue.SimpleQueue()
@@ -140,7 +144,7 @@ class Engine:
             tokens = 0
             try:
                 for group in groups:
-                    self._submit(group, listen)
+                    self._thread.submit(group, listen)
                 for _ in groups:
                     group = self._next(finished)
                     tokens += sum(len(request.output_ids) for request in group.requests)
@@ -149,12 +153,20 @@ class Engine:
                     bar.update()
             except BaseException:
                 for group in groups:
-                    self._abort_group(group)
+                    self._thread.abort_group(group)
                 raise
         return [group.output() for group in groups]
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        ttft_ms: float | None = None,
+        tpot_ms: float | None = None,
+        cache_salt: str = "",
     ) -> Iterator[RequestOutput]:
         """Completes one prompt and yields everything so far whenever there is more.
 
@@ -164,11 +176,12 @@ class Engine:
         Raises:
             As `generate`; at the call, not at the first output.
         """
-        group = self._group(prompt, params, request_id)
+        options = RequestOptions(priority, ttft_ms, tpot_ms, cache_salt)
+        group = self._group(prompt, params, request_id, options)
         changed: queue.SimpleQueue[Group] = queue.SimpleQueue()
 
         def outputs() -> Iterator[RequestOutput]:
-            self._submit(group, changed.put)
+            self._thread.submit(group, changed.put)
             try:
                 done = False
                 while not done:
@@ -179,36 +192,53 @@ class Engine:
                     done = output.finished
                     yield output
             finally:
-                self._abort_group(group)
+                self._thread.abort_group(group)
 
         return outputs()
 
     async def stream_async(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        ttft_ms: float | None = None,
+        tpot_ms: float | None = None,
+        cache_salt: str = "",
     ) -> AsyncIterator[RequestOutput]:
         """As `stream`, for asyncio. Cancelling the task aborts the request."""
+        options = RequestOptions(priority, ttft_ms, tpot_ms, cache_salt)
         loop = asyncio.get_running_loop()
         changed = asyncio.Event()
-        group = self._group(prompt, params, request_id)
+        group = self._group(prompt, params, request_id, options)
 
         def notify(_: Group) -> None:
             loop.call_soon_threadsafe(changed.set)
 
-        self._submit(group, notify)
+        self._thread.submit(group, notify)
         try:
             done = False
             while not done:
                 await changed.wait()
                 changed.clear()
-                self._raise_failure()
+                self._thread.raise_failure()
                 output = group.output()
                 done = output.finished
                 yield output
         finally:
-            self._abort_group(group)
+            self._thread.abort_group(group)
 
     def submit(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        ttft_ms: float | None = None,
+        tpot_ms: float | None = None,
+        cache_salt: str = "",
     ) -> Future[RequestOutput]:
         """Queues one prompt and returns at once. The future holds its output when it is over, or
         `EngineClosed` if the engine fails; to give it up, `abort` it by its id. Callbacks of the
@@ -217,7 +247,8 @@ class Engine:
         Raises:
             As `generate`; at the call.
         """
-        group = self._group(prompt, params, request_id)
+        options = RequestOptions(priority, ttft_ms, tpot_ms, cache_salt)
+        group = self._group(prompt, params, request_id, options)
         future: Future[RequestOutput] = Future()
         # Nobody but the engine ends it: a future that could be cancelled might be set twice.
         future.set_running_or_notify_cancel()
@@ -225,55 +256,121 @@ class Engine:
         def listen(group: Group) -> None:
             if not group.finished:
                 return
-            if self._failure is None:
+            if self._thread.failure is None:
                 future.set_result(group.output())
             else:
-                future.set_exception(EngineClosed(f"the engine has failed: {self._failure}"))
+                future.set_exception(EngineClosed(f"the engine has failed: {self._thread.failure}"))
 
-        self._submit(group, listen)
+        self._thread.submit(group, listen)
         return future
 
     def abort(self, request_id: str) -> bool:
         """Ends a request by its id; its memory is given back at once. False if there is none."""
-        group = self._by_id.get(request_id)
-        if group is None or group.finished:
-            return False
-        self._abort_group(group)
-        return True
+        return self._thread.abort(request_id)
 
     def memory(self) -> MemoryReport:
-        """Bytes by owner; they add up to the limit."""
-        return MemoryReport.from_usage(self._loop.ledger.usage())
+        """Bytes by owner and tier; they add up to the limits."""
+        host = self._loop.host
+        return MemoryReport.from_usage(
+            self._loop.ledger.usage(), None if host is None else host.usage()
+        )
+
+    def events(self) -> list[MemoryEvent]:
+        """The latest moves of memory, oldest first: what moved, why, and how long it took."""
+        return self._loop.ledger.events.latest()
 
     def stats(self) -> LoopStats:
         """Where the host loop's time went since the start or the last `reset_stats`."""
-        return dataclasses.replace(self._loop.stats)
+        log = self._loop.ledger.events
+        return dataclasses.replace(
+            self._loop.stats, moves=dict(log.counts), moved_bytes=dict(log.bytes)
+        )
+
+    def cost_model(self) -> dict[str, float]:
+        """How long steps and copies take here, as learned so far; what the simulator goes by."""
+        return self._loop.scheduler.cost.to_dict()
+
+    def resize(
+        self, *, device_memory: int | str | None = None, host_memory: int | str | None = None
+    ) -> None:
+        """Changes the limits while requests run, and returns when they hold. Requests that no
+        longer fit go to host memory or wait to be computed again; none ends for it. One that would
+        not even fit alone waits until the limit is raised.
+
+        Args:
+            device_memory, host_memory: as in `EngineConfig`; None leaves it as it is.
+
+        Raises:
+            ValueError: `device_memory` does not hold the weights and the smallest step.
+        """
+        if host_memory is not None:
+            host_bytes = parse_bytes(host_memory)
+            self._thread.call(lambda: self._loop.resize_host(host_bytes))
+        if device_memory is not None:
+            limit_bytes = parse_bytes(device_memory)
+            self._thread.call(lambda: self._resize(limit_bytes))
+
+    def _resize(self, limit_bytes: int) -> None:
+        ledger = self._loop.ledger
+        usage = ledger.usage()
+        need_bytes = max(self._smallest_need_bytes, ledger.floor_bytes) + ledger.chunk_bytes
+        least_bytes = usage["weights"] + usage["workspace"] + need_bytes
+        if limit_bytes < least_bytes:
+            raise ValueError(
+                f"device_memory={format_bytes(limit_bytes)}: weights, the engine's own arrays and "
+                f"the smallest step need {format_bytes(least_bytes)}; give that or more"
+            )
+        self._loop.resize(limit_bytes)
+        self._intake = dataclasses.replace(self._intake, room_bytes=self._room_bytes())
+
+    def sleep(self) -> None:
+        """Gives nearly all memory back: weights, cached prefixes, and KV, which goes to host memory
+        as far as that has room. Requests, running and new ones, wait until `wake`."""
+        self._thread.call(self._sleep)
+
+    def _sleep(self) -> None:
+        self._loop.sleep()
+        _native.malloc_trim()
+
+    def wake(self) -> None:
+        """Loads the weights again, and goes on.
+
+        Raises:
+            OutOfMemory: the limit was lowered meanwhile and does not hold them; still asleep.
+        """
+        self._thread.call(self._loop.wake)
 
     def warm_up(self) -> None:
         """Compiles every step shape that a batch can come in, as `EngineConfig.warm_up` does for
         the most common ones. What else requests ask for (log probabilities, penalties) is
         compiled when the first one comes."""
-        self._call(self._loop.compiler.warm_up_all)
+        self._thread.call(self._compiler.warm_up_all)
 
     def reset_stats(self) -> None:
         """Starts the statistics and the peaks of the memory anew."""
 
         def reset() -> None:
+            log = self._loop.ledger.events
             self._loop.stats = LoopStats()
+            log.counts.clear()
+            log.bytes.clear()
             self._loop.ledger.reset_peaks()
 
-        self._call(reset)
+        self._thread.call(reset)
 
     def trim(self) -> None:
-        """Gives memory that nobody uses back to the system now."""
-        self._call(self._trim)
+        """Gives memory that nobody uses back to the system now, cached prefixes included."""
+
+        def trim() -> None:
+            if not self._loop.busy:
+                self._loop.ledger.drop_prefixes()
+            _trim_if_idle(self._loop)
+
+        self._thread.call(trim)
 
     def close(self) -> None:
         """Aborts what runs, gives all memory of the KV cache back, and ends the thread."""
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
-        self._thread.join()
+        self._thread.close()
         atexit.unregister(self.close)
 
     def __enter__(self) -> Engine:
@@ -282,187 +379,28 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # Between the callers' threads and the engine's.
-
     def _next_id(self) -> str:
         return f"request-{next(self._ids)}"
 
     def _group(
-        self, prompt: Prompt, params: SamplingParams | None, request_id: str | None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        request_id: str | None,
+        options: RequestOptions,
     ) -> Group:
         group_id = request_id or self._next_id()
-        if group_id in self._by_id:
-            raise ValueError(_in_use(group_id))
-        return self._intake.group(prompt, params or SamplingParams(), group_id, time.monotonic())
-
-    def _submit(self, group: Group, listener: _Listener) -> None:
-        def submit() -> None:
-            for request in group.requests:
-                self._loop.submit(request)
-
-        with self._wake:
-            self._check_open()
-            if group.id in self._by_id:
-                raise ValueError(_in_use(group.id))
-            self._by_id[group.id] = group
-            self._listeners[group] = listener
-            self._group_of |= dict.fromkeys(group.requests, group)
-            self._commands.append(submit)
-            self._wake.notify()
-
-    def _abort_group(self, group: Group) -> None:
-        """Ends what is left of a group; does nothing if it is over or the engine is."""
-        if group.finished or self._failure is not None:
-            return
-
-        def abort() -> None:
-            for request in group.requests:
-                self._loop.abort(request)
-
-        with self._wake:
-            self._commands.append(abort)
-            self._wake.notify()
-
-    def _command(self, command: Callable[[], None]) -> None:
-        """Has the engine's thread do something before its next step."""
-        with self._wake:
-            self._check_open()
-            self._commands.append(command)
-            self._wake.notify()
-
-    def _check_open(self) -> None:
-        self._raise_failure()
-        if self._closing:
-            raise EngineClosed("the engine is closed; make a new one")
-
-    def _call(self, function: Callable[[], Any]) -> None:
-        """Has the engine's thread do something, and waits for it."""
-        done: Future[None] = Future()
-
-        def command() -> None:
-            try:
-                function()
-            except Exception as error:
-                done.set_exception(error)
-            else:
-                done.set_result(None)
-
-        self._command(command)
-        while not wait([done], timeout=1.0).done:
-            self._raise_failure()
-        done.result()
+        self._thread.check_id(group_id)
+        now = time.monotonic()
+        return self._intake.group(prompt, params or SamplingParams(), group_id, now, options)
 
     def _next(self, groups: queue.SimpleQueue[Group]) -> Group:
         group = groups.get()
-        self._raise_failure()
+        self._thread.raise_failure()
         return group
 
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise EngineClosed(f"the engine has failed: {self._failure}") from self._failure
 
-    # The engine's thread.
-
-    def _run(self) -> None:
-        try:
-            while self._await_work():
-                self._run_commands()
-                if self._loop.busy:
-                    self._loop.step()
-                self._publish()
-            self._wind_up()
-        except BaseException as failure:
-            self._fail(failure)
-            self._loop.shut_down()
-            raise
-
-    def _fail(self, failure: BaseException) -> None:
-        """Tells everybody who waits; nobody can wait afterwards."""
-        with self._wake:
-            self._failure = failure
-            listeners = dict(self._listeners)
-        for group, listener in listeners.items():
-            for request in group.requests:
-                if request.status is not Status.FINISHED:
-                    request.status = Status.FINISHED
-                    request.finish_reason = "error"
-                    request.error = f"the engine has failed: {failure}"
-            self._tell(group, listener)
-
-    def _tell(self, group: Group, listener: _Listener) -> None:
-        """Calls a listener; one that fails, such as that of an event loop that is gone, loses its
-        request and harms nobody else."""
-        try:
-            listener(group)
-        except Exception:
-            _log.warning("nobody listens to request %s any more", group.id, exc_info=True)
-            self._abort_group(group)
-
-    def _run_commands(self) -> None:
-        while self._commands:
-            self._commands.popleft()()
-
-    def _await_work(self) -> bool:
-        """Returns when there is something to do; False when the engine is to end. Gives unused
-        memory back once nothing has come for a while."""
-
-        def called() -> bool:
-            return bool(self._commands or self._loop.busy or self._closing)
-
-        with self._wake:
-            idle = not self._wake.wait_for(called, self.config.idle_trim_s)
-        if idle:
-            self._trim()
-            with self._wake:
-                self._wake.wait_for(called)
-        return not self._closing
-
-    def _trim(self) -> None:
-        if not self._loop.busy:
-            self._loop.ledger.trim()
-            _native.malloc_trim()
-
-    def _wind_up(self) -> None:
-        self._run_commands()
-        for request in list(self._group_of):
-            self._loop.abort(request)
-        self._loop.drain()
-        self._publish()
-        self._loop.shut_down()
-
-    def _publish(self) -> None:
-        """Tells every listener whose requests moved, once per step."""
-        changed, self._changed = self._changed, {}
-        for group in changed:
-            listener = self._listeners[group]
-            if group.finished:
-                with self._wake:
-                    del self._listeners[group], self._by_id[group.id]
-            self._tell(group, listener)
-
-    def _on_token(self, request: Request) -> str | int | None:
-        group = self._group_of[request]
-        self._changed[group] = None
-        text = group.texts[request]
-        token = request.output_ids[-1]
-        if text is None or (token in request.stop_ids and not _keeps_stop(request)):
-            return None
-        return text.push(token)
-
-    def _on_finish(self, request: Request) -> None:
-        with self._wake:
-            group = self._group_of.pop(request)
-        self._changed[group] = None
-        text = group.texts[request]
-        if text is not None and not isinstance(request.stop_reason, str):
-            text.finish()
-
-
-def _in_use(group_id: str) -> str:
-    return f"request id {group_id!r} is in use by a request that runs; choose another"
-
-
-def _keeps_stop(request: Request) -> bool:
-    """Whether the stop token's text belongs to the output: asked for, or not reached min_tokens."""
-    params = request.params
-    return params.include_stop_str_in_output or len(request.output_ids) <= params.min_tokens
+def _trim_if_idle(loop: HostLoop) -> None:
+    if not loop.busy:
+        loop.ledger.trim()
+        _native.malloc_trim()

@@ -1,15 +1,88 @@
-"""From requests to the inputs of a step, and from its results back."""
+"""Runs planned steps on the device: from requests to the inputs of a step, and its results back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from ellm_jax.outputs import TokenLogprobs
-from ellm_jax.runtime.sampler import Logprobs, SamplingInputs
-from ellm_jax.scheduler.batching import Share
+from ellm_jax.execution import Outcome
+from ellm_jax.models.decoder import Decoder
+from ellm_jax.request import Request
+from ellm_jax.runtime.batch import Span
+from ellm_jax.runtime.runner import Runner
+from ellm_jax.runtime.sampler import SamplingInputs, state_row
+from ellm_jax.runtime.shapes import StepKey
+from ellm_jax.runtime.step import StepResult
+from ellm_jax.scheduler.plan import Plan, Share
+
+
+class DeviceExecutor:
+    """The executor that serves: JAX on this process's device.
+
+    Rows of sampler state (penalties, bias, min_tokens) are written when a request first has a
+    share of a step, from what the host knows of it then.
+    """
+
+    def __init__(self, runner: Runner, weights_bytes: int, reload: Callable[[], Decoder]):
+        """Takes the runner, the bytes of its weights, and what loads them again."""
+        self._runner = runner
+        self._weights_bytes = weights_bytes
+        self._reload = reload
+        self._free_rows = list(range(1, runner.state_rows))
+
+    @property
+    def state_rows(self) -> int:
+        """Requests that may have sampler state at once."""
+        return self._runner.state_rows - 1
+
+    def dispatch(self, plan: Plan, key: StepKey) -> StepResult:
+        """Starts a step and returns what it will give."""
+        spans = []
+        for share in plan.shares:
+            request = share.request
+            assert request.slot is not None
+            if request.params.needs_state and not request.state_row:
+                self._write_state(request)
+            tokens = request.tokens(share.begin, share.begin + share.count)
+            spans.append(Span(request.slot, share.begin, tokens, share.samples))
+        sampling = sampling_inputs(plan.shares, key.shape.seqs)
+        targets = prompt_targets(plan.shares) if key.mode.prompt_logprobs else None
+        return self._runner.dispatch(key, spans, sampling, targets)
+
+    def wait(self, handle: StepResult) -> Outcome:
+        """The step's results as host arrays. Raises StepFailed."""
+        result = self._runner.wait(handle)
+        tokens = result.tokens.tolist()
+        return Outcome(tokens, result.logprobs, result.prompt_logprobs)
+
+    def _write_state(self, request: Request) -> None:
+        request.state_row = self._free_rows.pop()
+        words, bias = state_row(
+            request.prompt_ids,
+            request.output_ids,
+            request.params,
+            list(request.stop_ids),
+            self._runner.config.vocab_size,
+        )
+        self._runner.set_state_row(request.state_row, words, bias)
+
+    def give_back(self, request: Request) -> None:
+        """A request gives its row of sampler state up. At once, even while a step in flight counts
+        in it: whoever gets the row writes it anew, and the device does that after the step."""
+        if request.state_row:
+            self._free_rows.append(request.state_row)
+            request.state_row = 0
+
+    def sleep(self) -> int:
+        """Drops the weights; they are read from the checkpoint again on `wake`."""
+        self._runner.drop_weights()
+        return self._weights_bytes
+
+    def wake(self) -> None:
+        """Reads the weights from the checkpoint again."""
+        self._runner.set_weights(self._reload())
 
 
 def sampling_inputs(shares: Sequence[Share], seqs: int) -> SamplingInputs | None:
@@ -52,30 +125,3 @@ def prompt_targets(shares: Sequence[Share]) -> list[int]:
         after = list(prompt[share.begin + 1 : share.begin + 1 + share.count])
         targets += after + [0] * (share.count - len(after))
     return targets
-
-
-def take_prompt_logprobs(share: Share, logprobs: Logprobs, row: int) -> None:
-    """Appends what a step found out about a request's prompt; its rows begin at `row`."""
-    request = share.request
-    if not request.wants_prompt_logprobs:
-        return
-    if not request.prompt_logprobs:
-        request.prompt_logprobs.append(None)
-    count = request.params.prompt_logprobs or 0
-    for i in range(share.count):
-        target = share.begin + i + 1
-        # A request that was preempted computes rows again whose values it has.
-        if target == len(request.prompt_logprobs) and target < len(request.prompt_ids):
-            entry = token_logprobs(request.prompt_ids[target], logprobs, row + i, count)
-            request.prompt_logprobs.append(entry)
-
-
-def token_logprobs(token: int, logprobs: Logprobs, row: int, count: int) -> TokenLogprobs:
-    """Row `row` of host arrays, with the `count` likeliest tokens."""
-    ids, values = logprobs.top_ids[row, :count].tolist(), logprobs.top[row, :count].tolist()
-    return TokenLogprobs(
-        token_id=token,
-        logprob=float(logprobs.chosen[row]),
-        rank=int(logprobs.rank[row]),
-        top=tuple(zip(ids, values, strict=True)),
-    )

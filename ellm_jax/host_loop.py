@@ -1,8 +1,8 @@
 """The host loop: plan a step while the one before runs, reserve its memory, dispatch, settle.
 
-Single-threaded and free of text: requests go in, their tokens come out. One step is in flight
-while the next is planned; tokens sampled by it stay on the device and feed the next one. So the
-host learns one step late that a request has ended, and what belongs to a request is given back
+Single-threaded, free of text and of JAX: requests go in, their tokens come out. One step is in
+flight while the next is planned; tokens sampled by it stay on the device and feed the next one. So
+the host learns one step late that a request has ended, and what belongs to a request is given back
 only when no step in flight names it.
 """
 
@@ -11,28 +11,25 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 from ellm_jax._native import OutOfMemory
+from ellm_jax.execution import Executor, Outcome, Steps
 from ellm_jax.loop_stats import LoopStats
+from ellm_jax.memory.host_tier import HostTier
 from ellm_jax.memory.ledger import Lease, Ledger
 from ellm_jax.outputs import FinishReason
 from ellm_jax.request import Request, Status
-from ellm_jax.runtime.batch import Span
-from ellm_jax.runtime.compiler import CompileFailed, StepCompiler
-from ellm_jax.runtime.runner import Runner, StepFailed
-from ellm_jax.runtime.sampler import state_row
+from ellm_jax.runtime.failures import CompileFailed, StepFailed
 from ellm_jax.runtime.shapes import StepKey
-from ellm_jax.runtime.step import StepResult
-from ellm_jax.scheduler.batching import MemoryPressure, Plan, Scheduler
-from ellm_jax.step_io import (
-    prompt_targets,
-    sampling_inputs,
-    take_prompt_logprobs,
-    token_logprobs,
-)
+from ellm_jax.scheduler.batching import Scheduler
+from ellm_jax.scheduler.plan import MemoryPressure, Plan
+from ellm_jax.scheduler.slo import SloBuffer
+from ellm_jax.step_results import take_prompt_logprobs, token_logprobs
+from ellm_jax.tiering import Tiering
 
 # How often a request is tried again after a step with it failed, or after the system refused the
 # memory for it, before it is given up.
@@ -41,12 +38,19 @@ _MAX_FAILURES = 3
 _MAX_PLANS = 16
 
 
+# Tokens ahead for which chunks are mapped before the step that writes them is planned.
+_PREMAPPED_TOKENS = 2
+# The cost model learns from every step that takes at least so long, and from every eighth.
+_LEARNED_S = 2e-3
+
+
 @dataclass(eq=False)
 class _InFlight:
     plan: Plan
-    result: StepResult
+    handle: Any
     lease: Lease
     key: StepKey
+    begin_s: float
 
 
 @dataclass(eq=False)
@@ -54,36 +58,47 @@ class HostLoop:
     """Moves requests through steps.
 
     Attributes:
-        runner, compiler, ledger, scheduler: the parts it drives.
+        executor, compiler, ledger, scheduler: the parts it drives.
         on_token: called with a request after each new token; returns a reason to stop
             ("stop" and what stopped it), or None. Text belongs there.
         on_finish: called once when a request is over, its memory given back or about to be.
+        host: the host tier; None for none.
+        slo: its logical size.
         clock: seconds, monotonic.
+        asleep: whether the weights are gone; requests wait.
     """
 
-    runner: Runner
-    compiler: StepCompiler
+    executor: Executor
+    compiler: Steps
     ledger: Ledger
     scheduler: Scheduler
     on_token: Callable[[Request], str | int | None]
     on_finish: Callable[[Request], None]
+    host: HostTier | None = None
+    slo: SloBuffer | None = None
     clock: Callable[[], float] = time.monotonic
     stats: LoopStats = field(default_factory=LoopStats)
+    asleep: bool = False
     _in_flight: deque[_InFlight] = field(default_factory=deque)
     _steps_of: dict[Request, int] = field(default_factory=dict)
     _leaving: set[Request] = field(default_factory=set)
-    _state_rows: list[int] = field(default_factory=list)
+    _parked: set[Request] = field(default_factory=set)
     _refusals: int = 0
     _crowded: bool = False
+    _settled_s: float = 0.0
+    _weights_bytes: int = 0
 
     def __post_init__(self) -> None:
-        self._state_rows = list(range(1, self.runner.state_rows))
+        self._tiering = None
+        if self.host is not None:
+            self._tiering = Tiering(
+                self.scheduler, self.ledger, self.host, self._give_back, self._restart
+            )
 
     @property
     def busy(self) -> bool:
         """Whether a request waits or runs, or a step is in flight."""
-        scheduler = self.scheduler
-        return bool(scheduler.running or scheduler.waiting or self._in_flight)
+        return self.scheduler.busy or bool(self._in_flight)
 
     def submit(self, request: Request) -> None:
         """Queues a request."""
@@ -94,13 +109,21 @@ class HostLoop:
         if request.status is not Status.FINISHED:
             self._finish(request, reason)
 
-    def step(self) -> None:
-        """Starts the next step, if there is something to compute, and settles the one before."""
+    def step(self) -> bool:
+        """Starts the next step, if there is something to compute, and settles the one before.
+        False when nothing can go on until something changes: asleep, or every request needs more
+        than the limit."""
+        if self.asleep:
+            return False
         launched = self._launch()
         if launched is not None:
             self._in_flight.append(launched)
         if self._in_flight and (launched is None or len(self._in_flight) > 1):
             self._settle(self._in_flight.popleft())
+            return True
+        if launched is None and self._tiering is not None and self._tiering.wait():
+            return True
+        return launched is not None or self.ledger.repair()
 
     def drain(self) -> None:
         """Waits for the steps in flight and settles them."""
@@ -111,10 +134,12 @@ class HostLoop:
         """Gives everything back, whatever state the loop is in; not to be used afterwards."""
         for step in self._in_flight:
             with contextlib.suppress(StepFailed):
-                self.runner.wait(step.result)
+                self.executor.wait(step.handle)
             self.ledger.finish(step.lease)
         self._in_flight.clear()
         self.compiler.close()
+        if self.host is not None:
+            self.host.close()
         self.ledger.close()
 
     # Planning and launching.
@@ -123,6 +148,7 @@ class HostLoop:
         """Plans, reserves and dispatches; None when there is nothing to compute right now, or when
         relieving the pressure takes longer than the callers should wait to be heard."""
         self.compiler.collect()
+        self._move_tiers()
         for _ in range(_MAX_PLANS):
             try:
                 plan = self._plan()
@@ -143,16 +169,30 @@ class HostLoop:
                 return self._dispatch(plan, key, lease)
         return None
 
+    def _move_tiers(self) -> None:
+        """Takes in copies that are done, starts others, and makes way for prompts that are late."""
+        if self._tiering is None:
+            return
+        with self._timed("plan_s"):
+            now = self.clock()
+            if not self._in_flight and not self.scheduler.running:
+                self._crowded = False
+            self._tiering.advance(now, fetch=not self._crowded)
+            leaver = self.scheduler.may_make_way(now)
+            if leaver is not None:
+                self._park(leaver)
+
     def _plan(self) -> Plan | None:
         """The scheduler's plan. Nobody is admitted between a preemption and the next settled step:
         the room that was made is for those that go on."""
         compiling_s = self.compiler.waited_s
         with self._timed("plan_s"):
             exact = self._refusals > 0
-            plan = self.scheduler.plan(admit=not self._crowded, exact=exact)
+            now = self.clock()
+            plan = self.scheduler.plan(now, admit=not self._crowded, exact=exact)
             if plan is None and self._crowded and not self._in_flight:
                 self._crowded = False
-                plan = self.scheduler.plan(exact=exact)
+                plan = self.scheduler.plan(now, exact=exact)
         compiling_s = self.compiler.waited_s - compiling_s
         self.stats.plan_s -= compiling_s
         self.stats.compile_s += compiling_s
@@ -165,18 +205,26 @@ class HostLoop:
 
     def _relieve(self, cause: Exception) -> None:
         """Makes room after a plan that does not fit, by the mildest means that is left: the end of
-        the step in flight, unmapping what slots hold in excess, smaller buckets or trying again,
-        preempting the last admitted, and in the end giving up the one that runs alone."""
+        the step in flight, of a copy on its way, unmapping what slots hold in excess, smaller
+        buckets or trying again, moving the last in rank to host memory or having it computed
+        again, and in the end giving up the one that runs alone."""
         if self._in_flight:
             self.drain()
             return
+        if self._tiering is not None and self._tiering.wait():
+            return
         with self._timed("map_s"):
-            if self.scheduler.trim_running():
+            if self.scheduler.trim_running() or self.ledger.repair():
                 return
+        broken = [r for r in self.scheduler.running if self.ledger.is_broken(_slot(r))]
+        for request in broken:
+            self._restart(request)
+        if broken:
+            return
         victim = self.scheduler.victim()
         short = isinstance(cause, MemoryPressure | OutOfMemory)
         if victim is not None and (short or self._refusals >= _MAX_FAILURES):
-            self._preempt(victim)
+            self._make_room(victim, "KV of those that run")
             return
         self._refusals += 1
         if self._refusals > _MAX_FAILURES:
@@ -190,53 +238,83 @@ class HostLoop:
             request.error = str(cause)
             self._finish(request, "error")
 
-    def _preempt(self, request: Request) -> None:
-        """Takes a request's slot; it is prefilled again, output included, when memory allows."""
+    def _make_room(self, victim: Request, cause: str) -> None:
+        """Takes a request's memory: to host memory where that is quicker, or else it is prefilled
+        again, output included, when memory allows. No step may be in flight."""
+        self._crowded = True
+        self._parked.discard(victim)
+        if (
+            self._tiering is not None
+            and self.scheduler.prefers_offload(victim)
+            and self._tiering.leave(victim)
+        ):
+            return
+        begin = self.ledger.events.clock()
+        slot = victim.slot
+        taken = 0 if slot is None else self.ledger.taken_bytes(slot)
+        self._restart(victim)
+        victim.num_preemptions += 1
+        self.stats.preemptions += 1
+        self.ledger.events.add("preempt", taken, cause, begin, victim.id)
+
+    def _restart(self, request: Request) -> None:
+        """Has a request computed again from the start; its memory is given back. No step in flight
+        may name it."""
+        if self._tiering is not None:
+            self._tiering.drop(request)  # first: a copy on its way reads the slot
         self._give_back(request)
         self.scheduler.requeue(request)
-        self._crowded = True
-        request.num_preemptions += 1
-        self.stats.preemptions += 1
 
-    def _give_state_rows(self, plan: Plan) -> None:
-        """Gives newly admitted requests with penalties, bias or min_tokens their row."""
-        for share in plan.shares:
-            request = share.request
-            if request.state_row or not request.params.needs_state:
+    def _park(self, request: Request) -> None:
+        """Has a request leave for host memory as soon as no step in flight names it."""
+        request.parked = True
+        self._parked.add(request)
+        self._leave_parked()
+
+    def _leave_parked(self) -> None:
+        if self._tiering is None:
+            return
+        for request in [r for r in self._parked if not self._steps_of.get(r)]:
+            self._parked.discard(request)
+            if request.status is not Status.RUNNING:
                 continue
-            request.state_row = self._state_rows.pop()
-            words, bias = state_row(
-                request.prompt_ids,
-                request.output_ids,
-                request.params,
-                list(request.stop_ids),
-                self.runner.config.vocab_size,
-            )
-            self.runner.set_state_row(request.state_row, words, bias)
+            if self.scheduler.waiting or self.scheduler.offloaded:
+                self._tiering.leave(request)
+            else:
+                request.parked = request.to_host = False  # nobody needs its room any more
 
     def _dispatch(self, plan: Plan, key: StepKey, lease: Lease) -> _InFlight:
+        now = self.clock()
+        with self._timed("dispatch_s"):
+            handle = self.executor.dispatch(plan, key)
         with self._timed("plan_s"):
-            self._give_state_rows(plan)
-            now = self.clock()
-            spans = []
+            steps_of = self._steps_of
+            ahead: list[Request] = []
+            taken = self.ledger.taken_tokens
             for share in plan.shares:
                 request = share.request
                 if request.first_scheduled_s is None:
                     request.first_scheduled_s = now
-                end = share.begin + share.count
-                tokens = request.tokens(share.begin, end)
-                spans.append(Span(_slot(request), share.begin, tokens, share.samples))
-            sampling = sampling_inputs(plan.shares, key.shape.seqs)
-            targets = prompt_targets(plan.shares) if key.mode.prompt_logprobs else None
-        with self._timed("dispatch_s"):
-            result = self.runner.dispatch(key, spans, sampling, targets)
-        for share in plan.shares:
-            request = share.request
-            request.computed += share.count
-            request.in_flight += share.samples
-            self._steps_of[request] = self._steps_of.get(request, 0) + 1
-        self.stats.peak_running = max(self.stats.peak_running, len(self.scheduler.running))
-        return _InFlight(plan, result, lease, key)
+                    self.stats.prompt_tokens += len(request.prompt_ids)
+                    self.stats.cached_tokens += request.cached_tokens
+                request.computed += share.count
+                steps_of[request] = steps_of.get(request, 0) + 1
+                if share.samples:
+                    request.in_flight += 1
+                    if request.computed + _PREMAPPED_TOKENS > taken(_slot(request)):
+                        ahead.append(request)
+                    if request.to_host and request.first_token_s is None:
+                        self._park(request)
+            self.stats.peak_running = max(self.stats.peak_running, len(self.scheduler.running))
+        if ahead:
+            with self._timed("map_s"):
+                self._premap(ahead)
+        return _InFlight(plan, handle, lease, key, now)
+
+    def _premap(self, requests: Sequence[Request]) -> None:
+        """Maps the chunk that each of these will write soon, off this thread."""
+        tokens = [min(r.computed + _PREMAPPED_TOKENS, r.max_total_tokens) for r in requests]
+        self.ledger.premap([_slot(r) for r in requests], tokens)
 
     # Settling.
 
@@ -244,38 +322,83 @@ class HostLoop:
         """Takes the tokens of the oldest step, after waiting for them."""
         try:
             with self._timed("wait_s"):
-                result = self.runner.wait(step.result)
+                result = self.executor.wait(step.handle)
         except StepFailed as failure:
             self._fail(step, failure)
             return
         with self._timed("settle_s"):
+            now = self.clock()
+            self._learn(step, now)
             self.ledger.finish(step.lease)
             self.stats.steps += 1
             self._crowded = False
-            now = self.clock()
+            tile = self.ledger.tile_tokens
+            late = [False, False]
             row = sample = 0
             for share in step.plan.shares:
                 request = share.request
                 self._steps_of[request] -= 1
                 request.num_failures = 0
                 if request.status is not Status.FINISHED:
+                    end = request.settled = share.begin + share.count
                     if result.prompt_logprobs is not None:
                         take_prompt_logprobs(share, result.prompt_logprobs, row)
+                    if share.count > 1 or end % tile == 0:
+                        self._after_tiles(request)
                     if share.samples:
                         request.in_flight -= 1
-                        self._take_token(request, result, sample, now)
+                        self._take_token(request, result, sample, now, late)
                 row += share.count
                 sample += share.samples
             self._release_leaving()
+            self._leave_parked()
+            self._judge(now, late)
 
-    def _take_token(self, request: Request, result: StepResult, sample: int, now: float) -> None:
-        token = int(result.tokens[sample])
+    def _after_tiles(self, request: Request) -> None:
+        """Full tiles are there: they may be shared, and copied ahead."""
+        self.scheduler.sharing.bring_in(request)
+        if request.to_host and self._tiering is not None:
+            self._tiering.copy_ahead(request)
+
+    def _learn(self, step: _InFlight, now: float) -> None:
+        """Takes the time of a step in: from its start, or the end of the one before it."""
+        seconds = now - max(step.begin_s, self._settled_s)
+        self._settled_s = now
+        work = step.plan.work
+        decoding = sum(1 for share in step.plan.shares if share.count == 1 and share.samples)
+        if decoding:
+            self.stats.decode_s += seconds
+            self.stats.decode_tokens += decoding
+        if seconds > _LEARNED_S or self.stats.steps % 8 == 0:
+            self.scheduler.cost.observe(work, seconds)
+
+    def _judge(self, now: float, late: Sequence[bool]) -> None:
+        """Tells the host tier's logical size how this iteration kept the targets."""
+        if self.slo is None:
+            return
+        waiting = self.scheduler.waiting
+        overdue = bool(waiting) and (
+            waiting[0].ttft_ms is not None
+            and waiting[0].first_token_s is None
+            and 1e3 * (now - waiting[0].arrival_s) > waiting[0].ttft_ms
+        )
+        self.slo.observe(late[0] or overdue, late[1])
+
+    def _take_token(
+        self, request: Request, result: Outcome, sample: int, now: float, late: list[bool]
+    ) -> None:
+        token = result.tokens[sample]
         if token < 0:
             request.error = "the model's scores are not finite; are its weights damaged?"
             self._finish(request, "error")
             return
         if request.first_token_s is None:
             request.first_token_s = now
+            if request.ttft_ms is not None:
+                late[0] |= 1e3 * (now - request.arrival_s) > request.ttft_ms
+        elif request.tpot_ms is not None:
+            mean_ms = 1e3 * (now - request.first_token_s) / len(request.output_ids)
+            late[1] |= mean_ms > request.tpot_ms
         request.output_ids.append(token)
         if request.params.logprobs is not None and result.logprobs is not None:
             count = request.params.logprobs
@@ -299,7 +422,7 @@ class HostLoop:
         steps = [step, *self._in_flight]
         for later in self._in_flight:
             with contextlib.suppress(StepFailed):
-                self.runner.wait(later.result)
+                self.executor.wait(later.handle)
         self._in_flight.clear()
         for void in steps:
             self.ledger.finish(void.lease)
@@ -316,20 +439,22 @@ class HostLoop:
                 request.error = f"{_MAX_FAILURES} steps with it failed, the last so: {failure}"
                 self._finish(request, "error")
             else:
-                self._give_back(request)
-                self.scheduler.requeue(request)
+                self._restart(request)
         # Whoever else holds a row of sampler state has to write it anew.
         for request in self.scheduler.running:
-            self._give_back_state_row(request)
+            self.executor.give_back(request)
         self._release_leaving()
 
     # Endings.
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         self.scheduler.remove(request)
+        self._parked.discard(request)
+        if self._tiering is not None:
+            self._tiering.drop(request)
         request.finish_reason = reason
         request.finished_s = self.clock()
-        self._give_back_state_row(request)
+        self.executor.give_back(request)
         self._leaving.add(request)
         self.on_finish(request)
         # Last: whoever sees it over from another thread sees all of it.
@@ -344,17 +469,93 @@ class HostLoop:
 
     def _give_back(self, request: Request) -> None:
         self._steps_of.pop(request, None)
-        self._give_back_state_row(request)
+        self.executor.give_back(request)
         if request.slot is not None:
             slot, request.slot = request.slot, None
             self.ledger.release(slot)
+            self.scheduler.sharing.let_go(request)
 
-    def _give_back_state_row(self, request: Request) -> None:
-        # At once, even while a step in flight counts in it: whoever gets the row writes it anew,
-        # and the device does that after the step.
-        if request.state_row:
-            self._state_rows.append(request.state_row)
-            request.state_row = 0
+    # Limits.
+
+    def resize(self, limit_bytes: int) -> None:
+        """Sets the device's limit. Requests that no longer fit beside each other go to host memory
+        or are computed again later; none ends for it.
+
+        Raises:
+            OutOfMemory: weights and fixed owners alone do not fit; the old limit stays.
+            RuntimeError: the system refused to take memory back; likewise.
+        """
+        begin = self.ledger.events.clock()
+        before = self.ledger.usage()["limit"]
+        self.drain()
+        while True:
+            try:
+                self.ledger.resize(limit_bytes)
+                break
+            except OutOfMemory:
+                if self._tiering is not None and self._tiering.wait():
+                    continue
+                running = self.scheduler.running
+                if not running:
+                    raise
+                self._make_room(max(running, key=lambda r: r.rank_s), "a lower limit")
+        for request in list(self.scheduler.running):
+            if not self.scheduler.could_run(request):
+                self._make_room(request, "a lower limit")
+        self.ledger.events.add("resize", limit_bytes - before, "asked for", begin)
+
+    def resize_host(self, limit_bytes: int) -> None:
+        """Sets the limit of host memory; what no longer fits there is computed again.
+
+        Raises:
+            ValueError: the policy keeps no KV in host memory.
+        """
+        if self._tiering is None or self.slo is None:
+            raise ValueError(
+                "the policy has no host tier; make the engine with policy='elastic' or 'inter'"
+            )
+        self._tiering.resize(limit_bytes)
+        self.slo.resize(limit_bytes)
+
+    def sleep(self) -> None:
+        """Gives nearly everything back: KV to host memory as far as that has room, cached prefixes,
+        weights. Requests wait for `wake`."""
+        if self.asleep:
+            return
+        begin = self.ledger.events.clock()
+        before = self.ledger.usage()["physical"]
+        self.drain()
+        for request in list(self.scheduler.running):
+            self._make_room(request, "sleep")
+        if self._tiering is not None:
+            self._tiering.wait_all()
+            assert self.host is not None
+            self.host.trim()
+        self.ledger.drop_prefixes()
+        self._weights_bytes = self.executor.sleep()
+        self.ledger.give_weights(self._weights_bytes)
+        self.ledger.trim()
+        self.asleep = True
+        given = before - self.ledger.usage()["physical"]
+        self.ledger.events.add("sleep", given, "asked for", begin)
+
+    def wake(self) -> None:
+        """Takes the weights again; requests go on.
+
+        Raises:
+            OutOfMemory: the limit was lowered meanwhile and does not hold them; still asleep.
+        """
+        if not self.asleep:
+            return
+        begin = self.ledger.events.clock()
+        self.ledger.take_weights(self._weights_bytes)
+        try:
+            self.executor.wake()
+        except BaseException:
+            self.ledger.give_weights(self._weights_bytes)
+            raise
+        self.asleep = False
+        self.ledger.events.add("wake", self._weights_bytes, "asked for", begin)
 
     def _timed(self, field_name: str) -> AbstractContextManager[None]:
         return self.stats.timed(field_name)

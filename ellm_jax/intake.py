@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ellm_jax.config import format_bytes
+from ellm_jax.config import check_target, format_bytes
 from ellm_jax.models.config import ModelConfig
 from ellm_jax.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from ellm_jax.request import Request, Status
@@ -23,6 +23,8 @@ from ellm_jax.tokenizer import Tokenizer
 Message: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[int] | NDArray[np.integer[Any]] | Sequence[Message]
 """A text, token ids, or the messages of a chat."""
+
+_MAX_PRIORITY = 1000
 
 
 def is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
@@ -64,6 +66,34 @@ def _checked_params(params: object) -> SamplingParams:
         )
         raise TypeError(f"sampling parameters of type {type(params).__name__}; {remedy}")
     return params
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """What a request may bring beside its sampling parameters; checked when made.
+
+    Attributes:
+        priority: lower is sooner; a level counts as ten seconds of waiting. From -1000 to 1000.
+        ttft_ms, tpot_ms: latency targets in milliseconds; None: the engine's.
+        cache_salt: requests with different salts share no cached prefixes.
+    """
+
+    priority: int = 0
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    cache_salt: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.priority, int) or isinstance(self.priority, bool):
+            raise TypeError(f"priority={self.priority!r}: must be a whole number")
+        if not -_MAX_PRIORITY <= self.priority <= _MAX_PRIORITY:
+            raise ValueError(
+                f"priority={self.priority}: must be from {-_MAX_PRIORITY} to {_MAX_PRIORITY}"
+            )
+        for name in ("ttft_ms", "tpot_ms"):
+            check_target(name, getattr(self, name))
+        if not isinstance(self.cache_salt, str):
+            raise TypeError(f"cache_salt={self.cache_salt!r}: must be text")
 
 
 @dataclass(eq=False)
@@ -127,12 +157,15 @@ class Group:
             return min((v for v in values if v is not None), default=None)
 
         ends = [request.finished_s for request in self.requests]
+        first = self.requests[0]
         return RequestMetrics(
-            arrival_s=self.requests[0].arrival_s,
+            arrival_s=first.arrival_s,
             first_scheduled_s=earliest("first_scheduled_s"),
             first_token_s=earliest("first_token_s"),
             finished_s=None if None in ends else max(e for e in ends if e is not None),
             num_preemptions=sum(request.num_preemptions for request in self.requests),
+            num_offloads=sum(request.num_offloads for request in self.requests),
+            cached_tokens=first.cached_tokens,
             output_tokens=max(len(request.output_ids) for request in self.requests),
         )
 
@@ -147,6 +180,7 @@ class Intake:
         max_model_len: most tokens of prompt and output together.
         room_bytes: what one request alone could take of the KV cache.
         tile_tokens, chunk_bytes: how tokens become bytes of KV.
+        defaults: targets of requests that bring none.
     """
 
     model_config: ModelConfig
@@ -155,9 +189,15 @@ class Intake:
     room_bytes: int
     tile_tokens: int
     chunk_bytes: int
+    defaults: RequestOptions = field(default_factory=lambda: RequestOptions())
 
     def group(
-        self, prompt: Prompt, params: SamplingParams, group_id: str, arrival_s: float
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        group_id: str,
+        arrival_s: float,
+        options: RequestOptions | None = None,
     ) -> Group:
         """Makes the requests of one prompt.
 
@@ -165,6 +205,7 @@ class Intake:
             ValueError, TypeError: the prompt or the parameters do not suit the model; says why.
         """
         params = _checked_params(params)
+        options = options or RequestOptions()
         text, ids = self._tokenize(prompt)
         self._check_ids(ids)
         params = self._fit(params, len(ids))
@@ -182,6 +223,10 @@ class Intake:
                 seed=seeded.noise_seed(index),
                 stop_ids=stop_ids,
                 arrival_s=arrival_s,
+                priority=options.priority,
+                ttft_ms=options.ttft_ms or self.defaults.ttft_ms,
+                tpot_ms=options.tpot_ms or self.defaults.tpot_ms,
+                salt=options.cache_salt.encode(),
             )
             group.requests.append(request)
             group.texts[request] = (

@@ -1,11 +1,11 @@
-"""Where the host loop's time goes."""
+"""Where the host loop's time goes, and what it saw."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -13,15 +13,21 @@ class LoopStats:
     """Where the loop's time went, and what it saw; seconds and counts since the last reset.
 
     Attributes:
-        plan_s: planning steps and packing their inputs, without mapping.
-        map_s: reserving memory: mapping and unmapping chunks.
-        dispatch_s: in the jitted call.
+        plan_s: planning steps, without mapping.
+        map_s: reserving memory: mapping and unmapping chunks, moving them between owners.
+        dispatch_s: packing inputs, and in the jitted call.
         wait_s: waiting for the device.
         settle_s: handing tokens out, text and stop checks included.
         compile_s: compiling steps that no compiled one could stand for.
         steps: steps settled.
+        decode_s: time of steps in which at least one request decoded.
+        decode_tokens: tokens that such steps gave to requests that decoded.
         peak_running: most requests that ran at once.
-        preemptions: how often a request lost its memory.
+        preemptions: how often a request lost its memory and had to compute it again.
+        prompt_tokens: of the requests that began to run.
+        cached_tokens: those of them that were found instead of computed.
+        moves: moves of memory by kind (see `MemoryEvent`).
+        moved_bytes: how much they moved.
     """
 
     plan_s: float = 0.0
@@ -31,8 +37,14 @@ class LoopStats:
     settle_s: float = 0.0
     compile_s: float = 0.0
     steps: int = 0
+    decode_s: float = 0.0
+    decode_tokens: int = 0
     peak_running: int = 0
     preemptions: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    moves: dict[str, int] = field(default_factory=dict)
+    moved_bytes: dict[str, int] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def timed(self, field_name: str) -> Iterator[None]:

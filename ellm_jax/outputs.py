@@ -33,7 +33,8 @@ class RequestMetrics:
         first_scheduled_s: When a step first took some of its tokens.
         first_token_s: When its first generated token reached the host.
         finished_s: When its last token reached the host.
-        num_preemptions: How often it lost its memory and was resumed.
+        num_preemptions: How often it lost its memory and was computed again.
+        num_offloads: How often it went to host memory and came back.
         cached_tokens: Prompt tokens whose K and V were found instead of computed.
         output_tokens: Tokens of the longest completion so far; what ``tpot_ms`` divides by.
     """
@@ -43,6 +44,7 @@ class RequestMetrics:
     first_token_s: float | None = None
     finished_s: float | None = None
     num_preemptions: int = 0
+    num_offloads: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
 

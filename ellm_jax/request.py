@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ellm_jax.outputs import FinishReason, TokenLogprobs
 from ellm_jax.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from ellm_jax.memory.host_tier import HostCopy
+    from ellm_jax.memory.prefix import TileKeys
+
+PRIORITY_S = 10.0
+"""A level of priority is worth so many seconds of waiting."""
 
 
 class Status(enum.Enum):
@@ -14,6 +22,9 @@ class Status(enum.Enum):
 
     WAITING = "waiting"
     RUNNING = "running"
+    LEAVING = "leaving"  # on its way to host memory; has a slot
+    OFFLOADED = "offloaded"  # in host memory only
+    FETCHING = "fetching"  # on its way back; has a slot
     FINISHED = "finished"
 
 
@@ -31,10 +42,22 @@ class Request:
         output_ids: tokens that have reached the host.
         logprobs: one entry per output token, if asked for.
         prompt_logprobs: one entry per prompt token computed so far, if asked for.
-        slot: its KV slot while it runs.
+        priority: lower is sooner; see `rank_s`.
+        ttft_ms, tpot_ms: targets; None for none.
+        salt: requests with different salts share no prefixes.
+        slot: its KV slot while it has one.
         computed: leading tokens whose K and V are written, or will be by steps in flight.
+        settled: leading tokens whose K and V are written for certain.
         in_flight: tokens sampled by steps in flight, not yet known here.
         state_row: its row of the sampler state; 0 for none.
+        keys: names of its full tiles; None where prefixes are not kept.
+        pinned: leading tiles that it shares with the prefix cache.
+        cached_tokens: prompt tokens that were found instead of computed, when it first ran.
+        host: what of its KV lies in host memory; None: nothing.
+        parked: not to be planned: it leaves for host memory when no step names it.
+        to_host: admitted to leave for host memory after its first token.
+        synthetic: its prompt counts as computed, whatever is in its memory; for measuring decodes
+            behind contexts that take minutes to prefill.
         num_preemptions: how often it lost its slot.
         num_failures: how many steps with it, and it to blame, failed since the last good one.
     """
@@ -45,15 +68,28 @@ class Request:
     seed: int
     stop_ids: frozenset[int]
     arrival_s: float
+    priority: int = 0
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    salt: bytes = b""
+    synthetic: bool = False
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     status: Status = Status.WAITING
     slot: int | None = None
     computed: int = 0
+    settled: int = 0
     in_flight: int = 0
     state_row: int = 0
+    keys: TileKeys | None = None
+    pinned: int = 0
+    cached_tokens: int = 0
+    host: HostCopy | None = None
+    parked: bool = False
+    to_host: bool = False
     num_preemptions: int = 0
+    num_offloads: int = 0
     num_failures: int = 0
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
@@ -66,6 +102,12 @@ class Request:
     def suspect(self) -> bool:
         """Whether a step with it failed, and none has succeeded since."""
         return self.num_failures > 0
+
+    @property
+    def rank_s(self) -> float:
+        """What it waits in order of. A level of priority counts as ten seconds of waiting, so that
+        nobody waits for ever behind those of better priority."""
+        return self.arrival_s + self.priority * PRIORITY_S
 
     @property
     def max_tokens(self) -> int:
@@ -111,5 +153,8 @@ class Request:
         assert self.in_flight == 0, "tokens in flight would be lost"
         self.slot = None
         self.computed = 0
+        self.settled = 0
         self.state_row = 0
+        self.parked = False
+        self.to_host = False
         self.status = Status.WAITING

@@ -51,11 +51,12 @@ class CheckedEngine:
         loop = engine._loop
         step = loop.step
 
-        def checked_step() -> None:
-            step()
+        def checked_step() -> bool:
+            goes_on = step()
             loop.ledger.check()
             running = {r.slot for r in loop.scheduler.running}
             assert len(running) == len(loop.scheduler.running), "two requests share a slot"
+            return goes_on
 
         loop.step = checked_step  # type: ignore[method-assign]
         self.engines.append(engine)

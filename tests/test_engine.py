@@ -317,7 +317,7 @@ def test_prompt_logprobs_with_steps_of_any_size(max_batch_tokens, tiny_checkpoin
 
 def test_a_reused_slot_holds_no_more_than_its_tokens(tiny_checkpoint, make_engine):
     path = tiny_checkpoint("llama", context=1024)
-    engine = make_engine(path, idle_trim_s=60.0)
+    engine = make_engine(path, idle_trim_s=60.0, prefix_caching=False)
     engine.generate([5] * 900, greedy(10))
     kv = engine._loop.ledger.kv
     assert kv.stats()["available_bytes"] > 10 * kv.layout.chunk_bytes
@@ -410,7 +410,7 @@ def test_steps_that_fail_are_run_again(tiny_checkpoint, make_engine, monkeypatch
     prompts, params = [p for p, _ in requests], [greedy(n) for _, n in requests]
     engine = make_engine(path)
     expected = [o.token_ids for o in engine.generate(prompts, params)]
-    runner = engine._loop.runner
+    runner = engine._loop.executor._runner
     dispatch = runner.dispatch
     for failing in (0, 3, 20):
         calls = iter(range(10**9))
@@ -427,7 +427,7 @@ def test_steps_that_fail_are_run_again(tiny_checkpoint, make_engine, monkeypatch
 
 def test_a_step_that_always_fails_ends_its_requests_only(tiny_checkpoint, make_engine, monkeypatch):
     engine = make_engine(tiny_checkpoint("llama"))
-    runner = engine._loop.runner
+    runner = engine._loop.executor._runner
     dispatch = runner.dispatch
 
     def broken(key, spans, *args):
@@ -447,7 +447,7 @@ def test_one_request_whose_steps_fail_does_not_drag_others_along(
     engine = make_engine(tiny_checkpoint("llama", context=1024))
     prompts = [[9, 9, 9], *([i + 3, 7] for i in range(4))]
     expected = [o.token_ids for o in engine.generate(prompts, greedy(20))]
-    runner = engine._loop.runner
+    runner = engine._loop.executor._runner
     dispatch = runner.dispatch
 
     def poisoned(key, spans, *args):
@@ -468,14 +468,14 @@ def test_a_step_that_does_not_compile_ends_its_requests_only(
     tiny_checkpoint, make_engine, monkeypatch
 ):
     engine = make_engine(tiny_checkpoint("llama"), warm_up=True)
-    compile_step = engine._loop.runner.compile
+    compile_step = engine._loop.executor._runner.compile
 
     def refusing(key):
         if key.mode.logprobs:
             raise RuntimeError("injected: XLA refuses")
         return compile_step(key)
 
-    monkeypatch.setattr(engine._loop.runner, "compile", refusing)
+    monkeypatch.setattr(engine._loop.executor._runner, "compile", refusing)
     output = engine.generate([5, 6], greedy(4, logprobs=1))[0]
     assert "injected" in output.outputs[0].error
     assert len(engine.generate([5, 6], greedy(4))[0].token_ids) == 4
@@ -492,7 +492,7 @@ def test_a_failed_engine_tells_everybody_and_gives_its_memory_back(
         raise AssertionError("injected: a defect")
 
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
-    monkeypatch.setattr(engine._loop.scheduler, "plan", lambda **_: broken())
+    monkeypatch.setattr(engine._loop.scheduler, "plan", lambda *_, **__: broken())
     with pytest.raises(EngineClosed, match="injected"):
         list(stream)
     with pytest.raises(EngineClosed, match="injected"):
@@ -530,7 +530,9 @@ def test_closing_ends_what_runs_and_refuses_what_comes(tiny_checkpoint, make_eng
 
 
 def test_an_idle_engine_gives_its_memory_back(tiny_checkpoint, make_engine):
-    engine = make_engine(tiny_checkpoint("llama", context=1024), idle_trim_s=0.2)
+    engine = make_engine(
+        tiny_checkpoint("llama", context=1024), idle_trim_s=0.2, prefix_caching=False
+    )
     engine.generate([[5] * 300] * 4, greedy(10))
     wait_until(lambda: engine.memory().physical_bytes <= engine.memory().weights_bytes + 2**16)
     assert len(engine.generate([5] * 300, greedy(10))[0].token_ids) == 10

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from ellm_jax.config import EngineConfig
+from ellm_jax.config import POLICY_NAMES, EngineConfig
 from ellm_jax.sampling import MIN_TEMPERATURE, SamplingParams
 
 _T = TypeVar("_T")
@@ -21,7 +21,13 @@ _T = TypeVar("_T")
 _RENAMED_SWITCHES = {"progress": "quiet"}
 """Switches whose negation has a better name than --no-..., with what they say."""
 _OWN_HELP = {"progress": "no progress bars and no summary; only results and errors"}
-_METAVARS = {"device_memory": "SIZE", "dtype": "{float32,bfloat16}", "compilation_cache": "DIR"}
+_METAVARS = {
+    "device_memory": "SIZE",
+    "host_memory": "SIZE",
+    "dtype": "{float32,bfloat16}",
+    "policy": "{" + ",".join(POLICY_NAMES) + "}",
+    "compilation_cache": "DIR",
+}
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:
@@ -34,9 +40,11 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_engine_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+def add_engine_options(
+    parser: argparse.ArgumentParser, leave_out: Sequence[str] = (), **defaults: Any
+) -> None:
     """Options for the fields of `EngineConfig`; `defaults` replace those of the class."""
-    _add(parser.add_argument_group("engine"), EngineConfig, defaults, leave_out=())
+    _add(parser.add_argument_group("engine"), EngineConfig, defaults, leave_out)
 
 
 def engine_config(args: argparse.Namespace, **defaults: Any) -> EngineConfig:

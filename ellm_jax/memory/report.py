@@ -24,6 +24,7 @@ class MemoryReport:
         available_bytes: still mapped in slots of ended requests.
         backed_bytes: unmapped, with the physical memory kept.
         physical_bytes: what is taken from the system.
+        host_limit_bytes, host_used_bytes: of the host tier; 0 where there is none.
         peaks: the highest values by owner since the start or the last reset.
     """
 
@@ -38,10 +39,14 @@ class MemoryReport:
     backed_bytes: int
     physical_bytes: int
     peaks: Mapping[str, int]
+    host_limit_bytes: int = 0
+    host_used_bytes: int = 0
 
     @classmethod
-    def from_usage(cls, usage: Mapping[str, int]) -> MemoryReport:
-        """Reads the native ledger's picture."""
+    def from_usage(
+        cls, usage: Mapping[str, int], host: Mapping[str, int] | None = None
+    ) -> MemoryReport:
+        """Reads the native ledger's picture, and that of the host tier."""
         return cls(
             limit_bytes=usage["limit"],
             **{f"{owner}_bytes": usage[owner] for owner in OWNERS},
@@ -49,6 +54,8 @@ class MemoryReport:
             backed_bytes=usage["backed_free"],
             physical_bytes=usage["physical"],
             peaks={k.removeprefix("peak_"): v for k, v in usage.items() if k.startswith("peak_")},
+            host_limit_bytes=host["limit"] if host else 0,
+            host_used_bytes=host["used"] if host else 0,
         )
 
     def by_owner(self) -> dict[str, int]:
@@ -61,4 +68,7 @@ class MemoryReport:
         for owner, count in self.by_owner().items():
             bar = "#" * round(40 * count / max(1, self.limit_bytes))
             lines.append(f"{owner:<11} {format_bytes(count):>12} {bar}")
+        if self.host_limit_bytes:
+            used = format_bytes(self.host_used_bytes)
+            lines.append(f"host        {used:>12} of {format_bytes(self.host_limit_bytes)}")
         return "\n".join(lines)

@@ -6,15 +6,18 @@ from __future__ import annotations
 from ellm_jax.runtime.shapes import StepShape
 
 _RATIO = 4
+_LARGE_RATIO = 2
+"""From `_LARGE` on, where a bucket that is too large by four would hold much memory for nothing."""
+_LARGE = 512
 _SMALLEST_PREFILL = 32
 
 
 def _ladder(start: int, top: int) -> list[int]:
-    """`start`, then times `_RATIO` each, with `top` last."""
+    """`start`, then times `_RATIO` each, or less from `_LARGE` on, with `top` last."""
     steps = []
     while start < top:
         steps.append(start)
-        start *= _RATIO
+        start *= _RATIO if start < _LARGE else _LARGE_RATIO
     return [*steps, top]
 
 
@@ -50,6 +53,8 @@ class Buckets:
         most = self._seqs[-1]
         shapes = [StepShape(1, 1), StepShape(self.max_rows, 1), StepShape(self._rows[0], 1)]
         shapes += [StepShape(most, most), StepShape(self.max_rows, most)]
+        if self.max_rows > _LARGE:
+            shapes += [self.fit(_LARGE, 1), self.fit(max(_LARGE, most + 1), most)]
         return list(dict.fromkeys(shapes))
 
     def every(self) -> list[StepShape]:

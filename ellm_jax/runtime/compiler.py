@@ -13,6 +13,7 @@ import jax
 from tqdm import tqdm
 
 from ellm_jax.runtime.buckets import Buckets
+from ellm_jax.runtime.failures import CompileFailed
 from ellm_jax.runtime.runner import Runner
 from ellm_jax.runtime.shapes import StepKey, StepMode, StepShape
 
@@ -36,10 +37,6 @@ def use_compilation_cache(directory: str | None) -> None:
     # Every step is worth keeping: together they are what a start waits for.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-
-
-class CompileFailed(Exception):
-    """XLA does not compile a step; requests that need it cannot run."""
 
 
 class StepCompiler:

@@ -15,16 +15,13 @@ from ellm_jax.models.config import ModelConfig
 from ellm_jax.models.decoder import Decoder
 from ellm_jax.runtime import ops, sampler
 from ellm_jax.runtime.batch import Span, StepLayout
+from ellm_jax.runtime.failures import StepFailed
 from ellm_jax.runtime.need import step_need_bytes
 from ellm_jax.runtime.sampler import SamplerState, SamplingInputs
 from ellm_jax.runtime.shapes import StepKey
 from ellm_jax.runtime.step import StepFunction, StepResult, build_step, initial_carry
 
 Int32Array = np.ndarray[tuple[int], np.dtype[np.int32]]
-
-
-class StepFailed(RuntimeError):
-    """A step ended with an error of the runtime; its tokens are lost, the engine can go on."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +82,17 @@ class Runner:
     def state_rows(self) -> int:
         """Rows of the sampler state, the neutral one included."""
         return int(self._state.words.shape[0])
+
+    def drop_weights(self) -> None:
+        """Gives the weights' memory back; no step may run until `set_weights`."""
+        # What compiling goes by stays: shapes and dtypes.
+        self._weights = jax.tree.map(
+            lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), self._weights
+        )
+
+    def set_weights(self, model: Decoder) -> None:
+        """Takes the weights of the same model, loaded again."""
+        _, self._weights = nnx.split(model)
 
     def set_state_row(self, row: int, words: np.ndarray, bias: np.ndarray) -> None:  # type: ignore[type-arg]
         """Replaces one row (not 0) of the sampler state."""

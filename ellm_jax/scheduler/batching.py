@@ -1,127 +1,40 @@
-"""Plans the next step: decodes first, then prompts in chunks, then new requests while they fit."""
+"""Plans the next step: decodes first, then prompts in pieces, then new requests while they fit."""
 
 from __future__ import annotations
 
-from collections import deque
+import bisect
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
-from ellm_jax._native import OutOfMemory
-from ellm_jax.config import format_bytes
+from ellm_jax.memory.host_tier import HostTier
 from ellm_jax.memory.ledger import Ledger
 from ellm_jax.request import Request, Status
 from ellm_jax.runtime.shapes import StepMode
+from ellm_jax.scheduler.cost import CostModel
+from ellm_jax.scheduler.plan import Draft, NeedBytes, Plan, Share
+from ellm_jax.scheduler.policy import Rules
+from ellm_jax.scheduler.sharing import PrefixSharing
+from ellm_jax.scheduler.slo import SloBuffer
 
-NeedBytes = Callable[[int, int, StepMode, bool], int]
-"""(token rows, sequences, mode, exact) -> what such a step takes beyond its arguments. With `exact`
-of the smallest bucket, even if that has to be compiled first."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """What a request gets of a step.
-
-    Attributes:
-        request: who.
-        begin: first token to compute.
-        count: how many.
-        samples: whether the last of them yields a new token.
-    """
-
-    request: Request
-    begin: int
-    count: int
-    samples: bool
-
-    @property
-    def mode(self) -> StepMode:
-        """What the step has to report for it."""
-        params = self.request.params
-        rest_of_prompt = self.begin + 1 < len(self.request.prompt_ids)
-        return StepMode(
-            logprobs=self.samples and params.logprobs is not None,
-            prompt_logprobs=rest_of_prompt and self.request.wants_prompt_logprobs,
-        )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A step to run.
-
-    Attributes:
-        shares: one per request, at least one.
-        mode: what the step reports.
-        rows: tokens of all shares.
-    """
-
-    shares: tuple[Share, ...]
-    mode: StepMode
-    rows: int
-
-
-class MemoryPressure(Exception):
-    """The requests that run cannot all go on with the memory there is: one has to make room."""
-
-
-@dataclass
-class _Draft:
-    """A plan in the making: what it holds so far, and what may still be added."""
-
-    ledger: Ledger
-    need_bytes: NeedBytes
-    rows_below: Callable[[int], int | None]
-    free_bytes: int
-    max_rows: int
-    exact: bool
-    shares: list[Share] = field(default_factory=list)
-    mode: StepMode = field(default_factory=StepMode)
-    rows: int = 0
-    chunks: int = 0
-    suspect: bool = False
-
-    def fits(self, share: Share) -> bool:
-        """Whether the step with this share too fits the memory."""
-        need = self.need_bytes(
-            self.rows + share.count, len(self.shares) + 1, self.mode | share.mode, self.exact
-        )
-        taken = (self.chunks + self._missing(share)) * self.ledger.chunk_bytes
-        return taken + need <= self.free_bytes
-
-    def add(self, share: Share) -> None:
-        """Takes a share in."""
-        self.chunks += self._missing(share)
-        self.rows += share.count
-        self.mode |= share.mode
-        self.suspect |= share.request.suspect
-        self.shares.append(share)
-
-    def largest_share(self, request: Request) -> Share | None:
-        """The largest piece of what a request has to compute that still fits; None if none does."""
-        count = min(request.remaining, self.max_rows - self.rows)
-        while count > 0:
-            share = Share(request, request.computed, count, samples=count == request.remaining)
-            if self.fits(share):
-                return share
-            smaller = self.rows_below(self.rows + count)
-            count = 0 if smaller is None else smaller - self.rows
-        return None
-
-    def open_to(self, request: Request) -> bool:
-        """Whether there is room for a row, and no second suspect of a failed step comes in."""
-        return self.rows < self.max_rows and not (self.suspect and request.suspect)
-
-    def _missing(self, share: Share) -> int:
-        assert share.request.slot is not None
-        return self.ledger.missing_chunks(share.request.slot, share.begin + share.count)
+_LOOKED_AT = 32
+"""Most waiting requests looked at in a step, where those before them wait for somebody's prefix."""
+_KEEP_UP = 0.9
+"""Share of the TPOT target that a step may take when requests are behind it: so they catch up."""
+_PATIENCE = 0.1
+"""Share of its TTFT target that a prompt waits before others make way for it."""
+_MOST_PREEMPTIONS = 4
+"""After so many, a request gives its memory up only if nobody else can."""
 
 
 class Scheduler:
-    """Requests in order: `running` by admission, oldest first, and `waiting` by arrival.
+    """Requests in order: `running` by admission, oldest first; `waiting` and `offloaded` by rank.
 
     Plain bookkeeping: it takes slots and counts chunks, the caller reserves and dispatches. A
-    request is admitted when its prompt fits beside what those that run are known to need. Of the
-    requests of a failed step at most one is in each later step, until a step with it succeeds: so
-    that the one to blame is found, and its mates are not dragged along.
+    request is admitted when its prompt fits beside what those that run are known to need; or, with
+    a host tier, when it fits for as long as its prefill takes, to leave for host memory after its
+    first token (eLLM section 4.3). Of the requests of a failed step at most one is in each later
+    step, until a step with it succeeds: so that the one to blame is found, and its mates are not
+    dragged along.
     """
 
     def __init__(
@@ -129,94 +42,207 @@ class Scheduler:
         ledger: Ledger,
         need_bytes: NeedBytes,
         rows_below: Callable[[int], int | None],
+        rules: Rules,
+        cost: CostModel,
+        *,
         max_num_seqs: int,
-        max_batch_tokens: int,
         state_rows: int,
+        smallest_prefill: int = 1,
+        host: HostTier | None = None,
+        slo: SloBuffer | None = None,
     ):
         """Args:
         ledger: the memory.
         need_bytes: what a step takes.
         rows_below: the next smaller number of rows worth trying when a need does not fit.
+        rules: of the policy.
+        cost: how long steps and copies take.
         max_num_seqs: most requests that run.
-        max_batch_tokens: most tokens of a step.
         state_rows: most requests with penalties, bias or min_tokens that run.
+        smallest_prefill: rows of the smallest piece of a prompt worth computing.
+        host: the host tier, where there is one.
+        slo: how much of it prompts may take.
         """
         self._ledger = ledger
         self._need_bytes = need_bytes
         self._rows_below = rows_below
+        self.rules = rules
+        self.cost = cost
         self._max_num_seqs = max_num_seqs
-        self._max_batch_tokens = max_batch_tokens
         self._state_rows = state_rows
+        self._smallest_prefill = smallest_prefill
+        self._host = host
+        self._slo = slo
+        self.sharing = PrefixSharing(ledger)
         self.running: list[Request] = []
-        self.waiting: deque[Request] = deque()
+        self.waiting: list[Request] = []
+        self.offloaded: list[Request] = []
+        self.moving: list[Request] = []
+
+    # The queues.
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is anywhere."""
+        return bool(self.running or self.waiting or self.offloaded or self.moving)
 
     def add(self, request: Request) -> None:
-        """Queues a request behind those that wait."""
-        self.waiting.append(request)
+        """Queues a request by its rank."""
+        bisect.insort(self.waiting, request, key=lambda r: r.rank_s)
 
     def remove(self, request: Request) -> None:
         """Takes a request out of its queue; its slot is the caller's to release."""
-        if request.status is Status.RUNNING:
-            self.running.remove(request)
-        elif request in self.waiting:
-            self.waiting.remove(request)
+        queue = self._queue_of(request)
+        if request in queue:
+            queue.remove(request)
 
-    def plan(self, *, admit: bool = True, exact: bool = False) -> Plan | None:
+    def _queue_of(self, request: Request) -> list[Request]:
+        if request.status is Status.RUNNING:
+            return self.running
+        if request.status is Status.WAITING:
+            return self.waiting
+        return self.offloaded if request.status is Status.OFFLOADED else self.moving
+
+    def move(self, request: Request, status: Status) -> None:
+        """Puts a request into another queue."""
+        self.remove(request)
+        request.status = status
+        if status is Status.WAITING:
+            self.add(request)
+        elif status is Status.OFFLOADED:
+            bisect.insort(self.offloaded, request, key=self.due_s)
+        elif status is not Status.FINISHED:
+            self._queue_of(request).append(request)
+
+    def requeue(self, request: Request) -> None:
+        """Puts a request that lost its slot, and has nothing in host memory, back to wait."""
+        self.remove(request)
+        request.restart()
+        self.add(request)
+
+    def due_s(self, request: Request) -> float:
+        """When the next token of a request is due by its TPOT target; its rank without one."""
+        if request.tpot_ms is None or request.first_token_s is None:
+            return request.rank_s
+        return request.first_token_s + 1e-3 * request.tpot_ms * len(request.output_ids)
+
+    # Planning.
+
+    def plan(self, now: float, *, admit: bool = True, exact: bool = False) -> Plan | None:
         """The next step, or None when nothing can be computed right now.
 
         New requests that are part of it have a slot and are in `running` when this returns; no
-        memory is mapped yet. `exact` counts with the smallest bucket for every step, compiling it
-        where need be.
+        memory is mapped yet but for shared prefixes. `exact` counts with the smallest bucket for
+        every step, compiling it where need be.
 
         Raises:
             MemoryPressure: not even the decodes, or the smallest piece of the oldest prompt, fit;
                 with the figures.
         """
-        draft = _Draft(
-            self._ledger,
+        rules, ledger = self.rules, self._ledger
+        draft = Draft(
+            ledger,
             self._need_bytes,
             self._rows_below,
-            self._ledger.free_bytes,
-            self._max_batch_tokens,
-            exact,
+            self.cost,
+            ledger.room_bytes,
+            max(rules.max_rows, self._max_num_seqs),
+            floor_bytes=ledger.floor_bytes,
+            whole=rules.whole_prompts,
+            exact=exact,
+            least_rows=self._smallest_prefill,
         )
+        if not rules.prompts_first:
+            self._add_decodes(draft)
+            self._limit(draft, now)
+        self._add_prefills(draft)
+        if admit:
+            self._admit(draft)
+        if rules.prompts_first and not draft.shares:
+            self._add_decodes(draft)
+        return draft.plan()
+
+    def _add_decodes(self, draft: Draft) -> None:
         for request in self.running:
-            if request.remaining == 1 and draft.open_to(request):
-                share = Share(request, request.computed, 1, samples=True)
-                if not draft.fits(share):
-                    raise self._pressure(share, draft)
-                draft.add(share)
+            if request.remaining == 1 and not request.parked and draft.open_to(request):
+                draft.add(Share(request, request.computed, 1, True))
+        if draft.shares and not draft.fits_now:
+            raise draft.pressure()
+
+    def _limit(self, draft: Draft, now: float) -> None:
+        """How large the step may be beside its decodes (design: elastic prefill)."""
+        if not draft.shares:
+            return
+        allowed_s = math.inf
+        for share in draft.shares:
+            request = share.request
+            if request.tpot_ms is not None:
+                slack_s = self.due_s(request) - now
+                allowed_s = min(allowed_s, max(_KEEP_UP * 1e-3 * request.tpot_ms, slack_s / 2))
+        if allowed_s < math.inf:
+            draft.budget_s = allowed_s
+        elif self.rules.rows_beside_decodes is not None:
+            draft.max_rows = max(
+                len(draft.shares) + 1, min(draft.max_rows, self.rules.rows_beside_decodes)
+            )
+
+    def _add_prefills(self, draft: Draft) -> None:
         for request in self.running:
-            if request.remaining > 1 and draft.open_to(request):
+            if request.remaining > 1 and not request.parked and draft.open_to(request):
                 prefill = draft.largest_share(request)
                 if prefill is None:
+                    if not draft.shares and not self.rules.whole_prompts:
+                        raise draft.pressure(Share(request, request.computed, 1, False))
                     if not draft.shares:
-                        one = Share(request, request.computed, 1, samples=False)
-                        raise self._pressure(one, draft)
+                        raise draft.pressure(
+                            Share(request, request.computed, request.remaining, True)
+                        )
                     break
                 draft.add(prefill)
-        if admit:
-            self._admit_while_it_fits(draft)
-        if not draft.shares:
-            return None
-        return Plan(tuple(draft.shares), draft.mode, draft.rows)
 
-    def _admit_while_it_fits(self, draft: _Draft) -> None:
-        while self.waiting and len(self.running) < self._max_num_seqs:
-            request = self.waiting[0]
-            if not draft.open_to(request) or not self._admissible(request, draft):
+    # Admission.
+
+    def _admit(self, draft: Draft) -> None:
+        index = 0
+        while index < min(len(self.waiting), _LOOKED_AT) and len(self.running) < self._max_num_seqs:
+            request = self.waiting[index]
+            found = self.sharing.found(request)
+            if not self.could_run(request) or self.sharing.comes_soon(request, found):
+                index += 1
+                continue
+            # Nobody overtakes: who comes later would only take what this one waits for.
+            if not draft.open_to(request) or not self._take_in(request, found, draft):
                 return
-            slot = self._admit(request)
-            if slot is None:
-                return
-            # What is mapped in its slot was free and is its own now.
-            draft.free_bytes -= self._ledger.kv.mapped_bytes(slot)
-            share = draft.largest_share(request)
-            if share is None:
-                return
+
+    def _take_in(self, request: Request, found: int, draft: Draft) -> bool:
+        if self.rules.whole_prompts:
+            left = request.num_tokens - found * self._ledger.tile_tokens
+            if draft.rows + left > draft.max_rows:
+                return False
+        stays = self._fits_beside(request, found, draft)
+        if not stays and not self._fits_for_a_while(request, found, draft):
+            return False
+        before = self._ledger.room_bytes
+        if not self.sharing.open_slot(request, found):
+            return False
+        slot = request.slot
+        assert slot is not None
+        self.waiting.remove(request)
+        request.status = Status.RUNNING
+        self.running.append(request)
+        request.to_host = not stays
+        if request.first_scheduled_s is None:
+            request.cached_tokens = request.computed
+        if request.synthetic:
+            request.computed = max(request.computed, len(request.prompt_ids) - 1)
+        # What is mapped in its slot was free, or a prefix nobody used, and is its own now.
+        draft.room_bytes -= before - self._ledger.room_bytes
+        share = draft.largest_share(request)
+        if share is not None:
             draft.add(share)
+        return share is not None
 
-    def _admissible(self, request: Request, draft: _Draft) -> bool:
+    def _fits_beside(self, request: Request, found: int, draft: Draft) -> bool:
         """Whether the whole prompt fits, beside this step's chunks, what is left of the prompts
         that run, and one more chunk for each that runs: else it would only take memory that
         they need next, and be preempted for it."""
@@ -224,71 +250,174 @@ class Scheduler:
             taken = sum(r.params.needs_state for r in self.running)
             if taken >= self._state_rows:
                 return False
-        if not self.running:
+        if not self.running and not self.moving and not self.offloaded:
             return True  # alone: the engine checked that it fits
-        ledger = self._ledger
-        prompt_chunks = ledger.chunks_for(request.num_tokens + 1)
-        unfinished = sum(
-            ledger.missing_chunks(r.slot, r.num_tokens)
-            for r in self.running
-            if r.slot is not None and r.remaining > 1
+        if self.offloaded:
+            return False  # those come first
+        chunks = self._chunks_to_take(request, found)
+        return self._has_room(draft, draft.chunks + chunks, request) and self._has_room(
+            draft, self._promised(draft) + chunks, request
         )
+
+    def _fits_for_a_while(self, request: Request, found: int, draft: Draft) -> bool:
+        """Whether the prompt fits until its first token, and host memory has room for it then."""
+        if not self.may_offload(request) or request.params.needs_state:
+            return False
+        chunks = self._chunks_to_take(request, found)
+        unfinished = sum(self._missing(r) for r in self.running if r.remaining > 1)
+        return self._has_room(draft, max(draft.chunks, unfinished) + chunks, request)
+
+    def _chunks_to_take(self, request: Request, found: int) -> int:
+        # Tiles found that nobody uses are part of the room; counting them too errs on the safe
+        # side.
+        shared = found if self._ledger.prefix is not None else 0
+        total = self._ledger.chunks_for(request.num_tokens + 1)
+        return total - shared if self.running else total
+
+    def _promised(self, draft: Draft) -> int:
+        """Chunks that those that run are known to need: what is left of their prompts, or this
+        step's, and one more for each that will grow."""
+        ledger = self._ledger
+        unfinished = sum(self._missing(r) for r in self.running if r.remaining > 1)
         headroom = sum(
             ledger.chunks_for(r.max_total_tokens) > ledger.chunks_for(r.num_tokens)
             for r in self.running
         )
-        wanted = max(draft.chunks, unfinished) + prompt_chunks + headroom
-        rows = min(self._max_batch_tokens, draft.rows + request.remaining)
-        while True:
-            need = self._need_bytes(rows, len(draft.shares) + 1, draft.mode, False)
-            if wanted * ledger.chunk_bytes + need <= draft.free_bytes:
-                return True
+        return max(draft.chunks, unfinished) + headroom
+
+    def _missing(self, request: Request) -> int:
+        assert request.slot is not None
+        return self._ledger.missing_chunks(request.slot, request.num_tokens)
+
+    def _has_room(self, draft: Draft, chunks: int, request: Request) -> bool:
+        """Whether so many chunks fit beside a step with at least a piece of the request."""
+        left = draft.room_bytes - chunks * self._ledger.chunk_bytes
+        if left < 0:
+            return False
+        rows = min(draft.max_rows, draft.rows + max(1, request.remaining))
+        while draft.need(rows, len(draft.shares) + 1, draft.mode) > left:
             below = self._rows_below(rows)
-            if below is None or below <= draft.rows:
+            if self.rules.whole_prompts or below is None or below <= draft.rows:
                 return False
             rows = below
+        return True
 
-    def _admit(self, request: Request) -> int | None:
-        """Gives the request a slot; None when steps in flight still hold the last one."""
-        try:
-            slot = self._ledger.kv.take_slot(request.num_tokens + 1)
-        except OutOfMemory:
+    # Limits and the host tier.
+
+    def could_run(self, request: Request) -> bool:
+        """Whether a request would fit if it were alone; one that was taken in may not after the
+        limit was lowered, and waits until it is raised."""
+        ledger = self._ledger
+        total = max(request.max_total_tokens, request.num_tokens + 1)
+        need = max(
+            ledger.floor_bytes,
+            self._need_bytes(min(self._smallest_prefill, total), 1, StepMode(), False),
+        )
+        kv_bytes = ledger.chunks_for(total) * ledger.chunk_bytes
+        return kv_bytes + need <= ledger.capacity_bytes
+
+    def may_offload(self, request: Request) -> bool:
+        """Whether the logical size of the host tier has room for a prompt."""
+        if self._host is None or self._slo is None:
+            return False
+        blocks = self._host.blocks_for(request.num_tokens + 1)
+        coming = sum(
+            self._host.blocks_for(r.num_tokens + 1) for r in self.running if r.to_host or r.parked
+        )
+        wanted = self._host.needed_bytes + (coming + blocks) * self._host.block_bytes
+        return wanted <= self._slo.limit_bytes
+
+    def wants_prompts(self, now: float) -> bool:
+        """Whether memory that comes free should go to a waiting prompt rather than to a request in
+        host memory: while the host tier has room for it, and no token there is due."""
+        if not self.waiting or not self.may_offload(self.waiting[0]):
+            return False
+        if not self.offloaded or self.offloaded[0].tpot_ms is None:
+            return True
+        first = self.offloaded[0]
+        head = self.waiting[0]
+        ahead_s = self.copy_s(first) + self.cost.prefill_s(0, head.num_tokens)
+        return self.due_s(first) - now > ahead_s
+
+    def copy_s(self, request: Request) -> float:
+        """Seconds to copy a request's KV one way."""
+        chunks = self._ledger.chunks_for(request.num_tokens)
+        return chunks * self._ledger.chunk_bytes / self.cost.copy_bytes_per_s
+
+    def next_fetch(self, now: float) -> Request | None:
+        """The request to bring back from host memory now, if one fits beside those that run and
+        leaves room for the prompt that is to go before it."""
+        for request in self.offloaded:
+            if not self.could_run(request):
+                continue
+            if len(self.running) + len(self.moving) >= self._max_num_seqs:
+                return None
+            ledger = self._ledger
+            chunks = ledger.chunks_for(request.num_tokens + 1)
+            if self.running or self.moving:
+                chunks += sum(self._missing(r) for r in self.running if r.remaining > 1)
+                chunks += sum(
+                    ledger.chunks_for(r.max_total_tokens) > ledger.chunks_for(r.num_tokens)
+                    for r in (*self.running, request)
+                )
+                if self.wants_prompts(now):
+                    chunks += ledger.chunks_for(self.waiting[0].num_tokens + 1)
+            rows = len(self.running) + 1
+            need = max(ledger.floor_bytes, self._need_bytes(rows, rows, StepMode(), False))
+            fits = chunks * ledger.chunk_bytes + need <= ledger.room_bytes
+            return request if fits else None
+        return None
+
+    def may_make_way(self, now: float) -> Request | None:
+        """Who should leave for host memory so that a waiting prompt meets its TTFT target: the
+        request whose next token is due last, if its slack covers the copies and the prefill."""
+        if self._host is None or not self.waiting:
             return None
-        self._ledger.truncate(slot, request.num_tokens + 1)
-        request.slot = slot
-        request.status = Status.RUNNING
-        self.waiting.popleft()
-        self.running.append(request)
-        return slot
+        head, ttft_ms = self.waiting[0], self.waiting[0].ttft_ms
+        if ttft_ms is None:
+            return None
+        if now - head.arrival_s < _PATIENCE * 1e-3 * ttft_ms or not self.may_offload(head):
+            return None
+        if any(r.parked or r.to_host for r in self.running) or self.moving:
+            return None
+        prefill_s = self.cost.prefill_s(0, head.num_tokens)
 
-    def _pressure(self, share: Share, draft: _Draft) -> MemoryPressure:
-        rows, seqs = draft.rows + share.count, len(draft.shares) + 1
-        need = self._need_bytes(rows, seqs, draft.mode | share.mode, draft.exact)
-        assert share.request.slot is not None
-        chunks = draft.chunks + self._ledger.missing_chunks(
-            share.request.slot, share.begin + share.count
-        )
-        return MemoryPressure(
-            f"a step of {rows} tokens needs {format_bytes(need)} beside "
-            f"{format_bytes(chunks * self._ledger.chunk_bytes)} of KV cache, and "
-            f"{format_bytes(draft.free_bytes)} are free; raise device_memory"
-        )
+        def slack_s(request: Request) -> float:
+            if request.tpot_ms is None:
+                return math.inf
+            return self.due_s(request) - now - prefill_s - 2 * self.copy_s(request)
+
+        able = [
+            r
+            for r in self.running
+            if r.output_ids
+            and not r.params.needs_state
+            and r.num_offloads < _MOST_PREEMPTIONS
+            and self._host.room_for(r.num_tokens + head.num_tokens)
+            and slack_s(r) > 0
+        ]
+        return max(able, key=lambda r: (slack_s(r), r.rank_s), default=None)
+
+    # Pressure.
 
     def trim_running(self) -> bool:
         """Unmaps what slots hold beyond their request's tokens; True if anything was. No step may
         be in flight."""
-        before = self._ledger.kv.stats()["active_bytes"]
-        for request in self.running:
-            if request.slot is not None:
-                self._ledger.truncate(request.slot, request.num_tokens)
-        return self._ledger.kv.stats()["active_bytes"] < before
+        return self._ledger.trim_slots(
+            {r.slot: r.num_tokens for r in self.running if r.slot is not None}
+        )
 
     def victim(self) -> Request | None:
-        """Who makes room under pressure: the last admitted, unless it is the only one."""
-        return self.running[-1] if len(self.running) > 1 else None
+        """Who makes room under pressure: the last in rank, of those that have not done so often;
+        nobody where only one runs."""
+        if len(self.running) < 2:
+            return None
+        return max(self.running, key=lambda r: (r.num_preemptions < _MOST_PREEMPTIONS, r.rank_s))
 
-    def requeue(self, request: Request) -> None:
-        """Puts a request that lost its slot before all that wait."""
-        self.running.remove(request)
-        request.restart()
-        self.waiting.appendleft(request)
+    def prefers_offload(self, victim: Request) -> bool:
+        """Whether copying a request's KV out and back is quicker than computing it again, and host
+        memory has room for it."""
+        if self._host is None or victim.computed < 1 or victim.params.needs_state:
+            return False
+        again_s = self.cost.prefill_s(0, victim.num_tokens)
+        return self._host.room_for(victim.num_tokens) and 2 * self.copy_s(victim) < again_s

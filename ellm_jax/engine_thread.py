@@ -1,0 +1,255 @@
+"""The thread that runs the host loop, and the way from callers' threads to it and back."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import TypeVar
+
+from ellm_jax.host_loop import HostLoop
+from ellm_jax.intake import Group
+from ellm_jax.request import Request, Status
+
+Listener = Callable[[Group], None]
+_T = TypeVar("_T")
+_log = logging.getLogger(__name__)
+
+# How long the thread rests when no request can go on until something changes.
+_STUCK_S = 0.05
+
+
+class EngineClosed(RuntimeError):  # a state, not only an error
+    """The engine was closed, or has failed; its message says which."""
+
+
+class EngineThread:
+    """Runs a host loop until it is closed. Its public methods may be called from any thread, but
+    for `on_token` and `on_finish`, which the loop calls.
+
+    Attributes:
+        failure: what ended it; None while it is well.
+    """
+
+    def __init__(self, idle_trim_s: float | None, trim: Callable[[HostLoop], None]):
+        """Args:
+        idle_trim_s: seconds without work after which `trim` is called; None means never.
+        trim: gives memory that nobody uses back.
+        """
+        self._idle_trim_s = idle_trim_s
+        self._trim = trim
+        self._loop: HostLoop | None = None
+        self._listeners: dict[Group, Listener] = {}
+        self._by_id: dict[str, Group] = {}
+        self._group_of: dict[Request, Group] = {}
+        self._changed: dict[Group, None] = {}
+        self._wake = threading.Condition()
+        self._commands: deque[Callable[[], None]] = deque()
+        self._closing = False
+        self._stuck = False
+        self.failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="ellm-engine", daemon=True)
+
+    def start(self, loop: HostLoop) -> None:
+        """Begins to run the loop."""
+        self._loop = loop
+        self._thread.start()
+
+    # From callers' threads.
+
+    def submit(self, group: Group, listener: Listener) -> None:
+        """Queues a group's requests. The listener is called on the engine's thread whenever there
+        is more, and when it is over.
+
+        Raises:
+            ValueError: its id is in use.
+            EngineClosed: closed, or failed.
+        """
+
+        def submit() -> None:
+            for request in group.requests:
+                self.loop.submit(request)
+
+        with self._wake:
+            self._check_open()
+            self.check_id(group.id)
+            self._by_id[group.id] = group
+            self._listeners[group] = listener
+            self._group_of |= dict.fromkeys(group.requests, group)
+            self._commands.append(submit)
+            self._wake.notify()
+
+    def check_id(self, group_id: str) -> None:
+        """Raises ValueError if a request that runs has this id."""
+        if group_id in self._by_id:
+            raise ValueError(
+                f"request id {group_id!r} is in use by a request that runs; choose another"
+            )
+
+    def abort(self, group_id: str) -> bool:
+        """Ends a group by its id; False if there is none."""
+        group = self._by_id.get(group_id)
+        if group is None or group.finished:
+            return False
+        self.abort_group(group)
+        return True
+
+    def abort_group(self, group: Group) -> None:
+        """Ends what is left of a group; does nothing if it is over or the engine is."""
+        if group.finished or self.failure is not None:
+            return
+
+        def abort() -> None:
+            for request in group.requests:
+                self.loop.abort(request)
+
+        with self._wake:
+            self._commands.append(abort)
+            self._wake.notify()
+
+    def call(self, function: Callable[[], _T]) -> _T:
+        """Has the engine's thread do something between two steps, and waits for it; an error
+        reaches the caller."""
+        done: Future[_T] = Future()
+
+        def command() -> None:
+            try:
+                result = function()
+            except Exception as error:
+                done.set_exception(error)
+            else:
+                done.set_result(result)
+
+        with self._wake:
+            self._check_open()
+            self._commands.append(command)
+            self._wake.notify()
+        while not wait([done], timeout=1.0).done:
+            self.raise_failure()
+        return done.result()
+
+    def raise_failure(self) -> None:
+        """Raises EngineClosed if the thread has failed."""
+        if self.failure is not None:
+            raise EngineClosed(f"the engine has failed: {self.failure}") from self.failure
+
+    def _check_open(self) -> None:
+        self.raise_failure()
+        if self._closing:
+            raise EngineClosed("the engine is closed; make a new one")
+
+    def close(self) -> None:
+        """Aborts what runs, gives all memory of the KV cache back, and ends the thread."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+
+    # The engine's thread.
+
+    @property
+    def loop(self) -> HostLoop:
+        """The loop it runs."""
+        assert self._loop is not None
+        return self._loop
+
+    def _run(self) -> None:
+        try:
+            while self._await_work():
+                self._run_commands()
+                if self.loop.busy:
+                    self._stuck = not self.loop.step()
+                self._publish()
+            self._wind_up()
+        except BaseException as failure:
+            self._fail(failure)
+            self.loop.shut_down()
+            raise
+
+    def _await_work(self) -> bool:
+        """Returns when there is something to do; False when the engine is to end. Gives unused
+        memory back once nothing has come for a while."""
+
+        def called() -> bool:
+            return bool(self._commands or self.loop.busy or self._closing)
+
+        with self._wake:
+            if self._stuck:
+                self._wake.wait_for(lambda: bool(self._commands or self._closing), _STUCK_S)
+            idle = not self._wake.wait_for(called, self._idle_trim_s)
+        if idle:
+            self._trim(self.loop)
+            with self._wake:
+                self._wake.wait_for(called)
+        return not self._closing
+
+    def _run_commands(self) -> None:
+        while self._commands:
+            self._commands.popleft()()
+
+    def _wind_up(self) -> None:
+        self._run_commands()
+        for request in list(self._group_of):
+            self.loop.abort(request)
+        self.loop.drain()
+        self._publish()
+        self.loop.shut_down()
+
+    def _fail(self, failure: BaseException) -> None:
+        """Tells everybody who waits; nobody can wait afterwards."""
+        with self._wake:
+            self.failure = failure
+            listeners = dict(self._listeners)
+        for group, listener in listeners.items():
+            for request in group.requests:
+                if request.status is not Status.FINISHED:
+                    request.status = Status.FINISHED
+                    request.finish_reason = "error"
+                    request.error = f"the engine has failed: {failure}"
+            self._tell(group, listener)
+
+    def _publish(self) -> None:
+        """Tells every listener whose requests moved, once per step."""
+        changed, self._changed = self._changed, {}
+        for group in changed:
+            listener = self._listeners[group]
+            if group.finished:
+                with self._wake:
+                    del self._listeners[group], self._by_id[group.id]
+            self._tell(group, listener)
+
+    def _tell(self, group: Group, listener: Listener) -> None:
+        """Calls a listener; one that fails, such as that of an event loop that is gone, loses its
+        request and harms nobody else."""
+        try:
+            listener(group)
+        except Exception:
+            _log.warning("nobody listens to request %s any more", group.id, exc_info=True)
+            self.abort_group(group)
+
+    def on_token(self, request: Request) -> str | int | None:
+        """Takes a new token's text; returns the stop string it completes, if any."""
+        group = self._group_of[request]
+        self._changed[group] = None
+        text = group.texts[request]
+        token = request.output_ids[-1]
+        if text is None or (token in request.stop_ids and not _keeps_stop(request)):
+            return None
+        return text.push(token)
+
+    def on_finish(self, request: Request) -> None:
+        """A request is over."""
+        with self._wake:
+            group = self._group_of.pop(request)
+        self._changed[group] = None
+        text = group.texts[request]
+        if text is not None and not isinstance(request.stop_reason, str):
+            text.finish()
+
+
+def _keeps_stop(request: Request) -> bool:
+    """Whether the stop token's text belongs to the output: asked for, or not reached min_tokens."""
+    params = request.params
+    return params.include_stop_str_in_output or len(request.output_ids) <= params.min_tokens
