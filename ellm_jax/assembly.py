@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ellm_jax._native import (
+    Arena,
     Copier,
     HostBuffer,
     KvCache,
@@ -52,6 +53,8 @@ _RETAINED_BYTES = 16 << 20
 """What XLA's allocator on the CPU, the heap, keeps of a step's memory for the next one. Enough for
 decoding; what prefilling takes beyond it goes back when the step ends, which costs a page fault per
 4 KiB, under a thousandth of such a step."""
+_ARENA_BYTES = 1 << 30
+"""Addresses for the kernels' workspaces; memory is mapped as far as they use it."""
 _SMALLEST_SHARE_TOKENS = 2048
 """KV of so many tokens is the least that the host tier's logical size is scaled down to."""
 
@@ -160,6 +163,8 @@ def assemble(
         )
     pool.reserve("workspace", workspace)
     events = EventLog(time.monotonic)
+    arena = Arena(pool, _ARENA_BYTES)
+    arena.serve(kv)
     ledger = Ledger(
         pool,
         kv,
@@ -168,6 +173,7 @@ def assemble(
         retained_bytes=_RETAINED_BYTES,
         prefix_caching=config.prefix_caching,
         floor_bytes=floor_bytes,
+        arena=arena,
     )
     cost = CostModel()
     host = slo = None

@@ -84,16 +84,18 @@ def test_the_command(
 ) -> None:
     saved = tmp_path / "m.json"
     command = ["bench", "memory", "--model", str(tiny_checkpoint("llama")), "--quiet"]
-    command += ["--context", "64", "--context", "32", "--output-len", "150", "--seconds", "0.2"]
-    command += ["--device-memory", "8MiB", "--max-num-seqs", "4", "--no-warm-up"]
-    command += ["--max-batch-tokens", "64", "--policy", "elastic", "--policy", "static-chunked"]
-    assert main([*command, "--json", "--save", str(saved)]) == 0
+    command += ["--context", "32", "--output-len", "150", "--seconds", "0.2", "--no-warm-up"]
+    command += ["--device-memory", "8MiB", "--max-num-seqs", "2", "--max-batch-tokens", "16"]
+    policies = ["--policy", "elastic", "--policy", "static-chunked"]
+    assert main([*command, *policies, "--json", "--save", str(saved)]) == 0
     written = json.loads(capsys.readouterr().out)
     assert json.loads(saved.read_text()) == written
-    assert [run["context"] for run in written["policies"]["elastic"]["runs"]] == [64, 32]
-    assert main(command) == 0
+    assert list(written["policies"]) == ["elastic", "static-chunked"]
+    assert [run["context"] for run in written["policies"]["elastic"]["runs"]] == [32]
+    assert main([*command, "--context", "20"]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("context of 64 tokens\n")
+    assert shown.startswith("context of 32 tokens\n")
+    assert "\n\ncontext of 20 tokens\n" in shown
     assert "largest batch" in shown
-    assert main([*command[:-4], "--context", "100000"]) == 2
+    assert main([*command, "--context", "100000"]) == 2
     assert "max_model_len" in capsys.readouterr().err

@@ -1,7 +1,10 @@
 """Latency targets, rates, and the search for the highest one that is kept."""
 
+import json
 import math
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from engine_stub import StubEngine
@@ -10,6 +13,7 @@ from ellm_jax.bench.goodput import Question, measure_online, online_table
 from ellm_jax.bench.online import Load, highest_rate, run_rate
 from ellm_jax.bench.slo_targets import Latencies, length_class, strictest, uncontended
 from ellm_jax.bench.trace_request import TraceRequest, WorkloadError
+from ellm_jax.cli import main
 from ellm_jax.outputs import RequestMetrics
 
 
@@ -164,3 +168,26 @@ def test_requests_that_are_too_long_are_told() -> None:
     question = Question(Load([TraceRequest(0.0, 5000, 2)], 1.0, 1, poisson=True))
     with pytest.raises(WorkloadError, match="max_model_len is 4096"):
         measure_online(lambda _: StubEngine(), ["elastic"], question)
+
+
+def test_the_command(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = tmp_path / "o.json"
+    command = ["bench", "online", "--model", str(tiny_checkpoint("llama")), "--quiet"]
+    command += ["--device-memory", "8MiB", "--max-num-seqs", "4", "--max-batch-tokens", "32"]
+    command += ["--no-warm-up", "--rate", "40", "--duration", "0.2", "--min-requests", "6"]
+    command += ["--ttft-ms", "1e6", "--tpot-ms", "1e6", "--save", str(saved)]
+    trace = Path(__file__).parent / "traces" / "azure_2023.csv"
+    command += ["--workload", str(trace), "--max-prompt-len", "9", "--max-output-len", "3"]
+    assert main([*command, "--json", "--arrivals", "trace"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert json.loads(saved.read_text()) == written
+    assert written["slo"] == {"ttft_ms": {"16": 1e6}, "tpot_ms": 1e6}
+    assert 0 < written["uncontended"]["elastic"]["ttft_ms"]["16"] < 1e5
+    found = written["policies"]["elastic"]["median"]
+    assert found["goodput_per_s"] == 40.0
+    assert found["rates"]["40"]["completed"] == found["rates"]["40"]["requests"] == 8
+    assert written["policies"]["elastic"]["runs"][0]["tried"] == []
+    assert main(["bench", "online", "--arrivals", "trace"]) == 2
+    assert "needs a file" in capsys.readouterr().err

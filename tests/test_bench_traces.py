@@ -136,7 +136,7 @@ def test_formats_can_be_named_and_limited(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("{", "line 1: "),
-        ("3", "'3', is of no format"),
+        ("3", "line 1: '3' begins no format"),
         ('{"output_len": 3}', "line 1: give one of prompt_len"),
         ('\n{"prompt_len": 3, "prompt_token_ids": [1], "output_len": 3}', "line 2: give one of"),
         ('{"prompt_len": 0, "output_len": 3}', "prompt_len=0"),
@@ -154,7 +154,7 @@ def test_formats_can_be_named_and_limited(tmp_path: Path) -> None:
         ('[{"id": 1}]', "conversation 1: no list 'conversations'"),
         ("", "no requests"),
         ("\n \n", "no requests"),
-        ("a,b\n1,2\n", "is of no format"),
+        ("\na,b\n1,2\n", "line 2: 'a,b' begins no format"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "no requests"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,1\n", "line 2: TIMESTAMP='yester"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,1\n", "line 2: fewer"),

@@ -40,12 +40,10 @@ OVERLOADED = {
     "compile_s": 0.0,
 }
 PAST_FAILURES = (
-    32,  # a driver call fails while the limit is lowered
     78,  # a chunk mapped ahead is given back, and the ledger still counts it
-    165,  # a slot breaks under a step in flight
-    2105,  # a broken slot holds memory that a request alone would need
-    2207,  # a slot is released while it is being copied
-    2268,  # the same on the way to sleep
+    145,  # a broken slot holds the memory that a request alone needs
+    165,  # a slot is released while it is being copied
+    1084,  # nobody runs, and broken slots hold everything
 )
 
 

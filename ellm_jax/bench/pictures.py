@@ -267,7 +267,7 @@ def _draw_field(
 
 def _short(value: float) -> str:
     if value >= 10_000:
-        return f"{value / 1000:.0f}k"
+        return f"{value / 1000:.3g}k"
     if value >= 100 or value == int(value):
         return f"{value:.0f}"
-    return f"{value:.3g}"
+    return f"{value:.3g}" if value >= 1 else f"{value:.2g}"

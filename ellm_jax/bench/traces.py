@@ -137,7 +137,7 @@ def _detected(head: Sequence[str]) -> str:
     if not first:
         return "jsonl"
     raise WorkloadError(
-        f"the first line, {first[:60]!r}, is of no format that is known here "
+        f"line {len(head)}: {first[:60]!r} begins no format that is known here "
         f"({', '.join(FORMATS)}); say which it is, or convert it to JSONL"
     )
 

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ellm_jax._native import KvCache, OutOfMemory, Pool
+from ellm_jax._native import Arena, KvCache, OutOfMemory, Pool
 from ellm_jax.memory.events import EventLog
 from ellm_jax.memory.prefix import PrefixCache
 
@@ -49,6 +49,7 @@ class Ledger:
         retained_bytes: int,
         prefix_caching: bool,
         floor_bytes: int = 0,
+        arena: Arena | None = None,
     ):
         """Takes the pool, with the weights already in it, and the KV cache over it.
 
@@ -60,6 +61,7 @@ class Ledger:
             retained_bytes: how much it keeps at most; the rest it gives back when a step ends.
             prefix_caching: keep finished prefixes for reuse.
             floor_bytes: what activations hold at all times, needed or not: a static reservation.
+            arena: activation virtual tensors, where the kernels take their workspaces.
         """
         self._pool = pool
         self.kv = kv
@@ -67,6 +69,7 @@ class Ledger:
         self._trim_heap = trim_heap
         self._retained_bytes = retained_bytes
         self.prefix = PrefixCache(pool.cache, pool.uncache) if prefix_caching else None
+        self._arena = arena
         self.chunk_bytes = pool.chunk_bytes
         self.tile_tokens = kv.layout.tile_tokens
         self.floor_bytes = floor_bytes
@@ -260,13 +263,8 @@ class Ledger:
             short -= given
             if grown and given:
                 self.events.add("deflate", min(given, grown), "slots of ended requests", begin)
-        if short > 0 and self._held > wanted:
-            begin = self.events.clock()
-            given = self._held - wanted
-            self._trim_heap()
-            self._hold(wanted)
-            self.events.add("inflate", given, f"{chunks} chunks of KV", begin)
-            short -= given
+        if short > 0:
+            short -= self._inflate(wanted, short, chunks)
         if short > 0 and self.prefix is not None:
             begin = self.events.clock()
             given = self.prefix.evict(-(-short // self.chunk_bytes))
@@ -275,6 +273,19 @@ class Ledger:
                 self.events.add("evict", given, cause, begin)
                 if grown:
                     self.events.add("deflate", min(given, grown), "cached prefixes", begin)
+
+    def _inflate(self, wanted: int, short: int, chunks: int) -> int:
+        """Takes what activations keep unused: inactive tensors, and beyond `wanted` what their
+        allocator keeps. Returns the bytes."""
+        begin = self.events.clock()
+        given = 0 if self._arena is None else self._arena.collect(short)
+        if given < short and self._held > wanted:
+            given += self._held - wanted
+            self._trim_heap()
+            self._hold(wanted)
+        if given:
+            self.events.add("inflate", given, f"{chunks} chunks of KV", begin)
+        return given
 
     def _hold(self, count_bytes: int) -> None:
         """Makes the activations' share exactly so large."""
@@ -297,6 +308,7 @@ class Ledger:
         try:
             self.kv.settle()
             self.kv.trim_available()
+            self._collect()
             self._pool.trim(0)
         except RuntimeError as error:
             _log.warning("unused memory could not be given back: %s", error)
@@ -360,9 +372,14 @@ class Ledger:
         """Unmaps everything and gives it back to the system. No step may be in flight."""
         if self.prefix is not None:
             self.prefix.clear()
-        self.kv.close()
         self._hold(0)
+        self._collect()
+        self.kv.close()
         self._pool.trim(0)
+
+    def _collect(self) -> None:
+        if self._arena is not None:
+            self._arena.collect(self._arena.usage()["inactive"])
 
     # What others look at.
 

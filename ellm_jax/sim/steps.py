@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from ellm_jax.runtime.buckets import Buckets
-from ellm_jax.runtime.failures import CompileFailed
 from ellm_jax.runtime.shapes import StepKey, StepMode, StepShape
 from ellm_jax.sim.clock import FakeClock
 
@@ -69,14 +68,12 @@ class SimSteps:
         buckets: Buckets,
         need: NeedModel,
         compile_s: float = 0.0,
-        refused: Sequence[StepMode] = (),
     ):
-        """`refused`: modes that cannot be compiled."""
+        """Takes the clock, the buckets, what they need, and how long one takes to compile."""
         self._clock = clock
         self._buckets = buckets
         self._need = need
         self._compile_s = compile_s
-        self._refused = refused
         self._compiled = {StepKey(shape, StepMode()) for shape in buckets.common()}
         self._pending: dict[StepKey, float] = {}
         self.waited_s = 0.0
@@ -100,9 +97,7 @@ class SimSteps:
         return min(covering, key=lambda k: (k.shape.rows, k.shape.seqs), default=exact)
 
     def ensure(self, key: StepKey) -> int:
-        """What the step needs; lets the time pass that compiling it takes. Raises CompileFailed."""
-        if key.mode in self._refused:
-            raise CompileFailed(f"mode {key.mode} cannot be compiled, as it was told to")
+        """What the step needs; lets the time pass that compiling it takes."""
         if self._compile_s and key not in self._compiled:
             self._clock.pass_time(self._compile_s)
             self.waited_s += self._compile_s
