@@ -49,13 +49,16 @@ def alone(tiny_checkpoint):
         yield answer
 
 
-@pytest.mark.parametrize("host_memory", ["0", "2MiB", "64MiB"])
-@pytest.mark.parametrize("policy", POLICY_NAMES)
+CASES = [(policy, "0") for policy in POLICY_NAMES]
+CASES += [("inter", "64MiB"), ("elastic", "2MiB"), ("elastic", "64MiB")]
+
+
+@pytest.mark.parametrize(("policy", "host_memory"), CASES)
 def test_answers_do_not_depend_on_the_policy(
     policy, host_memory, tiny_checkpoint, make_engine, alone
 ):
     path = tiny_checkpoint("llama", context=1024)
-    several = prompts(24, seed=7)
+    several = prompts(16, seed=7)
     # What "static" reserves for whole prompts comes on top, so that each has little left for KV.
     memory = {"static": "16MiB", "inter": "16MiB"}.get(policy, "10MiB")
     engine = make_engine(
@@ -68,7 +71,7 @@ def test_answers_do_not_depend_on_the_policy(
         ttft_ms=20.0,
         tpot_ms=50.0,
     )
-    for count in (3, 150):
+    for count in (3, 120):
         outputs = engine.generate(several, greedy(count))
         expected = [alone(prompt, count) for prompt in several]
         assert tokens(outputs) == expected

@@ -71,16 +71,17 @@ def test_memory_that_is_not_reserved_serves_more_at_once():
 
 
 def test_the_host_tier_brings_first_tokens_forward():
-    within = forecast(on("intra"), HEAVY, Targets())
-    beyond = forecast(on("elastic", host_bytes=600 * CHUNK), HEAVY, Targets())
+    long = [dataclasses.replace(request, output_tokens=300) for request in HEAVY]
+    within = forecast(on("intra"), long, Targets())
+    beyond = forecast(on("elastic", host_bytes=3000 * CHUNK), long, Targets())
     assert beyond.offloads > 0
     assert beyond.host_peak_bytes > 0
-    assert beyond.ttft_ms.mean < within.ttft_ms.mean
+    assert beyond.ttft_ms.mean < 0.8 * within.ttft_ms.mean
 
 
 def test_what_cannot_run_is_said_and_not_simulated():
     small = on("static", device_bytes=60 * CHUNK)
-    assert "activation" in forecast(small, HEAVY, Targets()).problem
+    assert "for activations beside" in forecast(small, HEAVY, Targets()).problem
     able = dataclasses.replace(small, policy="elastic")
     found = forecast(able, [*HEAVY[:2], TraceRequest(0.0, 9999, 1)], Targets())
     assert (found.refused, found.requests, found.problem) == (3, 3, "")
@@ -212,8 +213,7 @@ def test_needs_may_come_with_the_cost(tmp_path, capsys):
         (["--device-memory", "10KiB", "--flops", "1", "--bandwidth", "1"], "weights"),
         (["--device-memory", "64MiB", "--cost", str(TRACES / "ours.jsonl")], "--save-cost"),
         (
-            ["--device-memory", "64MiB", "--flops", "1", "--bandwidth", "1"]
-            + ["--max-model-len", "999999999"],
+            ["--device-memory", "64MiB", "--cost", "x.json", "--max-model-len", "999999999"],
             "context",
         ),
         (["--device-memory", "64MiB", "--model", "nowhere"], "nowhere"),
@@ -227,11 +227,10 @@ def test_what_makes_no_sense_is_said(args, said, capsys):
 
 
 def test_a_machine_too_small_for_every_policy(capsys):
-    weights = "--device-memory", "1.5MiB"
     code, _, err = plan(
-        *("--trace", str(TRACES / "ours.jsonl"), *weights, "--flops", "1e12"),
+        *("--trace", str(TRACES / "ours.jsonl"), "--device-memory", "8MiB", "--flops", "1e12"),
         *("--bandwidth", "1GB", "--policy", "static"),
         capsys=capsys,
     )
-    assert code in (1, 2)
-    assert "raise" in err
+    assert code == 1
+    assert "no policy can run on this machine; raise --device-memory" in err
