@@ -498,7 +498,7 @@ class HostLoop:
                 running = self.scheduler.running
                 if not running:
                     raise
-                self._make_room(max(running, key=lambda r: r.rank_s), "a lower limit")
+                self._make_room(max(running, key=lambda r: r.rank), "a lower limit")
         for request in list(self.scheduler.running):
             if not self.scheduler.could_run(request):
                 self._make_room(request, "a lower limit")

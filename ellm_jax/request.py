@@ -42,7 +42,8 @@ class Request:
         output_ids: tokens that have reached the host.
         logprobs: one entry per output token, if asked for.
         prompt_logprobs: one entry per prompt token computed so far, if asked for.
-        priority: lower is sooner; see `rank_s`.
+        priority: lower is sooner; see `rank`.
+        number: in the order in which the scheduler was given them.
         ttft_ms, tpot_ms: targets; None for none.
         salt: requests with different salts share no prefixes.
         slot: its KV slot while it has one.
@@ -69,6 +70,7 @@ class Request:
     stop_ids: frozenset[int]
     arrival_s: float
     priority: int = 0
+    number: int = -1
     ttft_ms: float | None = None
     tpot_ms: float | None = None
     salt: bytes = b""
@@ -104,10 +106,11 @@ class Request:
         return self.num_failures > 0
 
     @property
-    def rank_s(self) -> float:
-        """What it waits in order of. A level of priority counts as ten seconds of waiting, so that
-        nobody waits for ever behind those of better priority."""
-        return self.arrival_s + self.priority * PRIORITY_S
+    def rank(self) -> tuple[float, int]:
+        """What it waits in order of, in seconds; of equals, who came first. A level of priority
+        counts as ten seconds of waiting, so that nobody waits for ever behind those of better
+        priority."""
+        return self.arrival_s + self.priority * PRIORITY_S, self.number
 
     @property
     def max_tokens(self) -> int:

@@ -44,6 +44,8 @@ PAST_FAILURES = (
     145,  # a broken slot holds the memory that a request alone needs
     165,  # a slot is released while it is being copied
     1084,  # nobody runs, and broken slots hold everything
+    6970,  # two requests that came at once preempt each other for ever
+    7518,  # the same, with another policy
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections.abc import Callable
 
@@ -78,6 +79,7 @@ class Scheduler:
         self.waiting: list[Request] = []
         self.offloaded: list[Request] = []
         self.moving: list[Request] = []
+        self._numbers = itertools.count()
 
     # The queues.
 
@@ -88,7 +90,9 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues a request by its rank."""
-        bisect.insort(self.waiting, request, key=lambda r: r.rank_s)
+        if request.number < 0:
+            request.number = next(self._numbers)
+        bisect.insort(self.waiting, request, key=lambda r: r.rank)
 
     def remove(self, request: Request) -> None:
         """Takes a request out of its queue; its slot is the caller's to release."""
@@ -110,7 +114,7 @@ class Scheduler:
         if status is Status.WAITING:
             self.add(request)
         elif status is Status.OFFLOADED:
-            bisect.insort(self.offloaded, request, key=self.due_s)
+            bisect.insort(self.offloaded, request, key=lambda r: (self.due_s(r), r.rank))
         elif status is not Status.FINISHED:
             self._queue_of(request).append(request)
 
@@ -123,7 +127,7 @@ class Scheduler:
     def due_s(self, request: Request) -> float:
         """When the next token of a request is due by its TPOT target; its rank without one."""
         if request.tpot_ms is None or request.first_token_s is None:
-            return request.rank_s
+            return request.rank[0]
         return request.first_token_s + 1e-3 * request.tpot_ms * len(request.output_ids)
 
     # Planning.
@@ -396,7 +400,7 @@ class Scheduler:
             and self._host.room_for(r.num_tokens + head.num_tokens)
             and slack_s(r) > 0
         ]
-        return max(able, key=lambda r: (slack_s(r), r.rank_s), default=None)
+        return max(able, key=lambda r: (slack_s(r), r.rank), default=None)
 
     # Pressure.
 
@@ -412,7 +416,7 @@ class Scheduler:
         nobody where only one runs."""
         if len(self.running) < 2:
             return None
-        return max(self.running, key=lambda r: (r.num_preemptions < _MOST_PREEMPTIONS, r.rank_s))
+        return max(self.running, key=lambda r: (r.num_preemptions < _MOST_PREEMPTIONS, r.rank))
 
     def prefers_offload(self, victim: Request) -> bool:
         """Whether copying a request's KV out and back is quicker than computing it again, and host

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ellm_jax._native import KvCache, KvLayout, Pool
+from ellm_jax._native import KvCache, KvLayout, OutOfMemory, Pool
+from ellm_jax.config import format_bytes
 from ellm_jax.host_loop import HostLoop
 from ellm_jax.memory.events import EventKind, EventLog
 from ellm_jax.memory.host_tier import HostTier
@@ -150,20 +151,22 @@ class World:
         rules = POLICIES[config.policy](
             Sizes(layout.max_tokens, layout.num_slots, config.max_batch_tokens)
         )
-        pool = self.pool = Pool.simulated(layout.chunk_bytes, config.device_bytes)
-        pool.reserve("weights", config.weights_bytes)
-        pool.reserve("workspace", config.workspace_bytes)
-        kv = self.kv = (SettledKvCache if hooks.settle else KvCache)(pool, layout)
         buckets = Buckets(layout.num_slots, rules.max_rows)
         steps = self.steps = SimSteps(clock, buckets, config.need, config.compile_s)
         floor = 0
         if rules.reserved_rows:
-            floor = steps.need_bytes(
-                rules.reserved_rows,
-                layout.num_slots,
-                StepMode(),
-                True,
+            floor = steps.need_bytes(rules.reserved_rows, layout.num_slots, StepMode(), True)
+        fixed = config.weights_bytes + config.workspace_bytes
+        if fixed + floor > config.device_bytes:
+            raise OutOfMemory(
+                f"it reserves {format_bytes(floor)} for activations beside {format_bytes(fixed)} "
+                f"of weights and workspace, and the limit is {format_bytes(config.device_bytes)}; "
+                "raise it, or lower the longest request"
             )
+        pool = self.pool = Pool.simulated(layout.chunk_bytes, config.device_bytes)
+        pool.reserve("weights", config.weights_bytes)
+        pool.reserve("workspace", config.workspace_bytes)
+        kv = self.kv = (SettledKvCache if hooks.settle else KvCache)(pool, layout)
         events = EventLog(clock) if hooks.trace is None else TracedEvents(clock, hooks.trace)
         self.events = events
         self.ledger = Ledger(
