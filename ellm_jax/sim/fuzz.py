@@ -28,8 +28,8 @@ from ellm_jax.sim.world import Hooks, World
 
 _TRACE_SHOWN = 40
 _MAX_FAILURES = 3
-# Steps per token of work before a world counts as stuck; restarts after faults included.
-_STEPS_PER_TOKEN = 4
+# Steps per token to generate, and per eight to prefill, before a world counts as stuck.
+_STEPS_PER_TOKEN = 3
 _STEPS_PER_LOOK = 5
 
 
@@ -282,7 +282,7 @@ class _Story:
             assert self._finished[request] == over, f"{request.id} ended twice, or in silence"
 
     def _most_steps(self) -> int:
-        work = sum(len(r.prompt_ids) + r.max_tokens for r in self._requests)
+        work = sum(len(r.prompt_ids) // 8 + r.max_tokens for r in self._requests)
         return 1000 + _STEPS_PER_TOKEN * work
 
     def _check_ends(self) -> None:
