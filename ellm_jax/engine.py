@@ -97,7 +97,9 @@ class Engine:
     def _room_bytes(self) -> int:
         """What one request alone can take of the KV cache."""
         ledger = self._loop.ledger
-        return ledger.capacity_bytes - max(self._smallest_need_bytes, ledger.floor_bytes)
+        fixed_bytes = self._loop.absent_bytes
+        fixed_bytes += max(self._smallest_need_bytes, ledger.floor_bytes)
+        return ledger.capacity_bytes - fixed_bytes
 
     # What users call.
 
@@ -314,7 +316,8 @@ class Engine:
         ledger = self._loop.ledger
         usage = ledger.usage()
         need_bytes = max(self._smallest_need_bytes, ledger.floor_bytes) + ledger.chunk_bytes
-        least_bytes = usage["weights"] + usage["workspace"] + need_bytes
+        weights_bytes = usage["weights"] + self._loop.absent_bytes
+        least_bytes = weights_bytes + usage["workspace"] + need_bytes
         if limit_bytes < least_bytes:
             raise ValueError(
                 f"device_memory={format_bytes(limit_bytes)}: weights, the engine's own arrays and "

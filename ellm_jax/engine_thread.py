@@ -111,7 +111,16 @@ class EngineThread:
 
     def call(self, function: Callable[[], _T]) -> _T:
         """Has the engine's thread do something between two steps, and waits for it; an error
-        reaches the caller."""
+        reaches the caller.
+
+        Raises:
+            RuntimeError: called on that thread, as from a future's callback.
+        """
+        if threading.current_thread() is self._thread:
+            raise RuntimeError(
+                "this waits for the engine's thread, and was called on it; call it elsewhere than "
+                "in a future's callback"
+            )
         done: Future[_T] = Future()
 
         def command() -> None:

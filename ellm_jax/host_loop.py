@@ -40,6 +40,8 @@ _MAX_PLANS = 16
 
 # Tokens ahead for which chunks are mapped before the step that writes them is planned.
 _PREMAPPED_TOKENS = 2
+# How often it is made sure that the ledger adds up. If not, the engine ends, with the figures.
+_STEPS_PER_CHECK = 1024
 # The cost model learns from every step that takes at least so long, and from every eighth.
 _LEARNED_S = 2e-3
 
@@ -99,6 +101,11 @@ class HostLoop:
     def busy(self) -> bool:
         """Whether a request waits or runs, or a step is in flight."""
         return self.scheduler.busy or bool(self._in_flight)
+
+    @property
+    def absent_bytes(self) -> int:
+        """Bytes of the weights while they are gone."""
+        return self._weights_bytes if self.asleep else 0
 
     def submit(self, request: Request) -> None:
         """Queues a request."""
@@ -160,13 +167,15 @@ class HostLoop:
                 with self._timed("map_s"):
                     lease = self._reserve(plan, need_bytes)
             except CompileFailed as error:
-                # Only a mode that a request asked for is compiled so late.
-                self._end_all(error)
+                self._end_asking(error)
             except (MemoryPressure, RuntimeError) as cause:
                 self._relieve(cause)
             else:
                 self._refusals = 0
-                return self._dispatch(plan, key, lease)
+                try:
+                    return self._dispatch(plan, key, lease)
+                except StepFailed as failure:
+                    self._fail_dispatch(plan, lease, failure)
         return None
 
     def _move_tiers(self) -> None:
@@ -177,7 +186,8 @@ class HostLoop:
             now = self.clock()
             if not self._in_flight and not self.scheduler.running:
                 self._crowded = False
-            self._tiering.advance(now, fetch=not self._crowded)
+            with contextlib.suppress(CompileFailed):  # the plan will tell
+                self._tiering.advance(now, fetch=not self._crowded)
             leaver = self.scheduler.may_make_way(now)
             if leaver is not None:
                 self._park(leaver)
@@ -234,7 +244,23 @@ class HostLoop:
         """Gives up every request that runs, after nothing else has helped."""
         self._refusals = 0
         self.drain()
-        for request in list(self.scheduler.running):
+        self._end(self.scheduler.running, cause)
+
+    def _end_asking(self, cause: CompileFailed) -> None:
+        """Gives up the requests that ask for what cannot be compiled; all that run where it is
+        nothing particular."""
+        self.drain()
+        running = self.scheduler.running
+        asking = [r for r in running if cause.mode.logprobs and r.params.logprobs is not None]
+        asking += [
+            r
+            for r in running
+            if cause.mode.prompt_logprobs and r.params.prompt_logprobs is not None
+        ]
+        self._end(asking or running, cause)
+
+    def _end(self, requests: Sequence[Request], cause: Exception) -> None:
+        for request in dict.fromkeys(requests):
             request.error = str(cause)
             self._finish(request, "error")
 
@@ -262,6 +288,7 @@ class HostLoop:
         may name it."""
         if self._tiering is not None:
             self._tiering.drop(request)  # first: a copy on its way reads the slot
+        self._parked.discard(request)
         self._give_back(request)
         self.scheduler.requeue(request)
 
@@ -353,6 +380,8 @@ class HostLoop:
             self._release_leaving()
             self._leave_parked()
             self._judge(now, late)
+            if self.stats.steps % _STEPS_PER_CHECK == 0:
+                self.ledger.check()
 
     def _after_tiles(self, request: Request) -> None:
         """Full tiles are there: they may be shared, and copied ahead."""
@@ -376,13 +405,18 @@ class HostLoop:
         """Tells the host tier's logical size how this iteration kept the targets."""
         if self.slo is None:
             return
-        waiting = self.scheduler.waiting
-        overdue = bool(waiting) and (
-            waiting[0].ttft_ms is not None
-            and waiting[0].first_token_s is None
-            and 1e3 * (now - waiting[0].arrival_s) > waiting[0].ttft_ms
+        head = self.scheduler.head()
+        overdue = (
+            head is not None
+            and head.ttft_ms is not None
+            and head.first_token_s is None
+            and 1e3 * (now - head.arrival_s) > head.ttft_ms
         )
-        self.slo.observe(late[0] or overdue, late[1])
+        # Whoever is kept in host memory past its time counts too, not only once it is back.
+        kept = next(iter(self.scheduler.offloaded), None)
+        kept_late = kept is not None and kept.tpot_ms is not None
+        kept_late = kept_late and kept is not None and self.scheduler.due_s(kept) < now
+        self.slo.observe(late[0] or overdue, late[1] or kept_late)
 
     def _take_token(
         self, request: Request, result: Outcome, sample: int, now: float, late: list[bool]
@@ -444,6 +478,22 @@ class HostLoop:
         for request in self.scheduler.running:
             self.executor.give_back(request)
         self._release_leaving()
+
+    def _fail_dispatch(self, plan: Plan, lease: Lease, failure: StepFailed) -> None:
+        """After a step that did not even start: it is planned again, and requests that keep failing
+        end."""
+        self.ledger.finish(lease)
+        self.drain()
+        for share in plan.shares:
+            request = share.request
+            if request.status is not Status.RUNNING:
+                continue
+            request.num_failures += 1
+            if request.num_failures >= _MAX_FAILURES:
+                request.error = f"{_MAX_FAILURES} steps with it failed, the last so: {failure}"
+                self._finish(request, "error")
+        for request in self.scheduler.running:
+            self.executor.give_back(request)
 
     # Endings.
 

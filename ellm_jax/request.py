@@ -55,6 +55,7 @@ class Request:
         pinned: leading tiles that it shares with the prefix cache.
         cached_tokens: prompt tokens that were found instead of computed, when it first ran.
         host: what of its KV lies in host memory; None: nothing.
+        copy_failed: a copy of its KV to host memory failed; it is not tried again.
         parked: not to be planned: it leaves for host memory when no step names it.
         to_host: admitted to leave for host memory after its first token.
         synthetic: its prompt counts as computed, whatever is in its memory; for measuring decodes
@@ -88,6 +89,7 @@ class Request:
     pinned: int = 0
     cached_tokens: int = 0
     host: HostCopy | None = None
+    copy_failed: bool = False
     parked: bool = False
     to_host: bool = False
     num_preemptions: int = 0

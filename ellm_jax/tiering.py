@@ -68,12 +68,13 @@ class Tiering:
         if full > request.host.tokens:
             try:
                 self.host.copy_out(request.host, request.slot, full)
-            except OutOfMemory:
+            except RuntimeError as error:
                 request.to_host = False  # it stays; pressure will tell
+                self._note_refusal(request, error)
 
     def leave(self, request: Request) -> bool:
         """Starts a request's way to host memory. No step in flight may name it. False if host
-        memory is full; it runs on then."""
+        memory is full, or the system refuses it; the request runs on then."""
         assert request.slot is not None
         request.to_host = False
         request.parked = False
@@ -81,12 +82,18 @@ class Tiering:
             request.host = HostCopy(request.id)
         try:
             self.host.copy_out(request.host, request.slot, request.computed)
-        except OutOfMemory:
+        except RuntimeError as error:
+            self._note_refusal(request, error)
             return False
         self.host.keep_only(request.host)
         request.num_offloads += 1
         self._scheduler.move(request, Status.LEAVING)
         return True
+
+    def _note_refusal(self, request: Request, error: RuntimeError) -> None:
+        if not isinstance(error, OutOfMemory):
+            _log.warning("request %s stays on the device: %s", request.id, error)
+            request.copy_failed = True
 
     def _poll_leaving(self, request: Request) -> None:
         assert request.host is not None
@@ -94,7 +101,7 @@ class Tiering:
             if not self.host.out_done(request.host):
                 return
         except CopyFailed as error:
-            _log.warning("request %s stays on the device: %s", request.id, error)
+            self._note_refusal(request, error)
             request.host = None
             self._scheduler.move(request, Status.RUNNING)
             return
@@ -108,7 +115,8 @@ class Tiering:
         computed = request.computed
         found = sharing.found(request)
         opened = sharing.open_slot(request, found)
-        request.computed = request.settled = computed
+        # Since it left, others may have computed more of its prompt than it had.
+        request.computed = request.settled = max(computed, request.computed if opened else 0)
         if not opened:
             return False
         assert request.slot is not None

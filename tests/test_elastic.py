@@ -10,6 +10,7 @@ import pytest
 from ellm_jax import SamplingParams
 from ellm_jax.config import POLICY_NAMES
 from ellm_jax.request import Status
+from ellm_jax.runtime.failures import StepFailed
 
 
 def greedy(count, **more):
@@ -104,7 +105,7 @@ def test_a_shared_prefix_is_computed_once(tiny_checkpoint, make_engine, alone):
     engine = make_engine(path, device_memory="64MiB", max_num_seqs=32)
     tile = engine._loop.ledger.tile_tokens
     system = prompts(1, seed=5, low=5 * tile, high=5 * tile + 1)[0]
-    asked = [system + [7, 8, 9, number] for number in range(100)]
+    asked = [[*system, 7, 8, 9, number] for number in range(100)]
     engine.reset_stats()
     outputs = engine.generate(asked, greedy(4))
     stats = engine.stats()
@@ -119,13 +120,13 @@ def test_a_chat_goes_on_from_what_was_computed(tiny_checkpoint, make_engine, alo
     engine = make_engine(path, device_memory="64MiB")
     tile = engine._loop.ledger.tile_tokens
     history = prompts(1, seed=11, low=100, high=101)[0]
+    held = 0
     for turn in range(4):
         output = engine.generate(history, greedy(30))[0]
         assert output.token_ids == alone(history, 30)
-        if turn:
-            # All of the last turn but its last tile, which was not full.
-            assert output.metrics.cached_tokens >= (before // tile - 1) * tile
-        before = len(history) + 30
+        # All of the last turn but its last tile, which was not full.
+        assert output.metrics.cached_tokens >= (held // tile - 1) * tile
+        held = len(history) + 30
         history = [*history, *output.token_ids, 5 + turn]
 
 
@@ -282,3 +283,112 @@ def test_aborting_wherever_a_request_is(tiny_checkpoint, make_engine):
     assert Status.OFFLOADED in seen
     assert engine.memory().kv_bytes == 0
     assert engine._loop.host.needed_bytes == 0
+
+
+def test_who_waits_for_a_higher_limit_holds_nobody_up(tiny_checkpoint, make_engine):
+    engine = make_engine(
+        tiny_checkpoint("llama", context=1024), device_memory="64MiB", host_memory="64MiB"
+    )
+    large = engine.submit([5] * 500, greedy(400))
+    end = time.monotonic() + 60
+    while engine.stats().steps < 20 and time.monotonic() < end:
+        time.sleep(0.01)
+    engine.resize(device_memory="7MiB")
+    assert engine._loop.scheduler.offloaded or engine._loop.scheduler.moving
+    plain = engine.submit([5] * 10, greedy(2))
+    penalised = engine.submit([5] * 10, greedy(2, presence_penalty=0.5))
+    behind = engine.submit([5] * 10, greedy(2))
+    for future in (plain, penalised, behind):
+        assert future.result(timeout=60).finished
+    assert not large.done()
+    engine.resize(device_memory="64MiB")
+    assert len(large.result(timeout=120).token_ids) == 400
+
+
+def test_limits_set_while_asleep_count_the_weights(tiny_checkpoint, make_engine):
+    engine = make_engine(tiny_checkpoint("llama", context=1024), device_memory="64MiB")
+    engine.sleep()
+    with pytest.raises(ValueError, match="give that or more"):
+        engine.resize(device_memory="2MiB")
+    engine.resize(device_memory="7MiB")
+    room = engine._intake.room_bytes
+    engine.wake()
+    engine.resize(device_memory="7MiB")
+    assert engine._intake.room_bytes == room
+    assert len(engine.generate([5] * 10, greedy(3))[0].token_ids) == 3
+
+
+class FailingBuffer:
+    """A host buffer for which the system has no memory at every third call."""
+
+    def __init__(self, buffer):
+        self.buffer = buffer
+        self.calls = 0
+
+    def __getattr__(self, name):
+        return getattr(self.buffer, name)
+
+    def take(self, n):
+        self.calls += 1
+        if self.calls % 3 == 2:
+            raise RuntimeError("injected: no memory from the system")
+        return self.buffer.take(n)
+
+
+class Unwrapping:
+    """A copier that takes the buffer out of its wrapping."""
+
+    def __init__(self, copier):
+        self.copier = copier
+
+    def __getattr__(self, name):
+        return getattr(self.copier, name)
+
+    def offload(self, kv, slot, first_tile, buffer, blocks):
+        return self.copier.offload(kv, slot, first_tile, buffer.buffer, blocks)
+
+    def fetch(self, kv, slot, first_tile, buffer, blocks):
+        return self.copier.fetch(kv, slot, first_tile, buffer.buffer, blocks)
+
+
+def test_a_host_buffer_that_fails_costs_no_request(tiny_checkpoint, make_engine, alone):
+    path = tiny_checkpoint("llama", context=1024)
+    engine = make_engine(
+        path, device_memory="9MiB", host_memory="64MiB", max_num_seqs=16, ttft_ms=1.0
+    )
+    host = engine._loop.host
+    host._buffer = failing = FailingBuffer(host._buffer)
+    host._copier = Unwrapping(host._copier)
+    several = prompts(16, seed=3, low=90, high=120)
+    assert tokens(engine.generate(several, greedy(150))) == [alone(p, 150) for p in several]
+    assert failing.calls > 3, "nothing was refused"
+
+
+def test_steps_that_do_not_start_are_planned_again(tiny_checkpoint, make_engine, monkeypatch):
+    engine = make_engine(tiny_checkpoint("llama"))
+    expected = tokens(engine.generate(prompts(4, seed=1), greedy(20)))
+    dispatch, calls = engine._loop.executor.dispatch, iter(range(10000))
+
+    def sometimes(plan, key):
+        if next(calls) % 4 == 2:
+            raise StepFailed("injected")
+        return dispatch(plan, key)
+
+    monkeypatch.setattr(engine._loop.executor, "dispatch", sometimes)
+    assert tokens(engine.generate(prompts(4, seed=1), greedy(20))) == expected
+
+
+def test_calls_that_wait_for_the_engine_are_refused_on_its_thread(tiny_checkpoint, make_engine):
+    engine = make_engine(tiny_checkpoint("llama"))
+    seen = []
+
+    def callback(_):
+        try:
+            engine.trim()
+        except RuntimeError as error:
+            seen.append(str(error))
+
+    future = engine.submit([5] * 5, greedy(200))
+    future.add_done_callback(callback)
+    engine.generate([5] * 5, greedy(400))
+    assert "engine's thread" in seen[0]

@@ -142,6 +142,7 @@ class HostTier:
 
         Raises:
             OutOfMemory: host memory is full; nothing was started.
+            RuntimeError: the system refused more of it; likewise.
         """
         tile = self.tile_tokens
         first = copy.tokens // tile  # a tile that was not full has to be copied again
@@ -159,20 +160,20 @@ class HostTier:
         lacking = blocks - len(copy.blocks)
         if lacking <= 0:
             return
-        self._spare.pop(copy, None)
-        while True:
-            try:
-                copy.blocks += self._buffer.take(lacking)
-                break
-            except OutOfMemory:
-                if not self._spare:
-                    self._settle_spare(copy)
-                    raise
-                self.drop(next(iter(self._spare)))
-        if copy.needed:
-            self.needed_blocks += lacking
-        else:
-            self._spare[copy] = None
+        self._spare.pop(copy, None)  # not to give up what is to grow
+        try:
+            while True:
+                try:
+                    copy.blocks += self._buffer.take(lacking)
+                    break
+                except OutOfMemory:
+                    if not self._spare:
+                        raise
+                    self.drop(next(iter(self._spare)))
+            if copy.needed:
+                self.needed_blocks += lacking
+        finally:
+            self._settle_spare(copy)
 
     def out_done(self, copy: HostCopy) -> bool:
         """Whether everything that was started is over.

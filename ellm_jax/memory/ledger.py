@@ -85,9 +85,10 @@ class Ledger:
     @property
     def room_bytes(self) -> int:
         """What the next step may take for its need and its chunks: free bytes, what activations
-        hold now, and cached prefixes that nobody uses."""
+        hold now or keep unused, and cached prefixes that nobody uses."""
         evictable = self.prefix.evictable if self.prefix else 0
-        return self._pool.usage()["free"] + self._held + evictable * self.chunk_bytes
+        room = self._pool.usage()["free"] + self._held + evictable * self.chunk_bytes
+        return room if self._arena is None else room + self._arena.usage()["inactive"]
 
     @property
     def capacity_bytes(self) -> int:

@@ -7,6 +7,7 @@ that finds its leading tiles here maps the same chunks into its own slot instead
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import itertools
 import struct
@@ -104,6 +105,11 @@ class PrefixCache:
             if digest not in self._tiles:
                 return found
         return len(digests)
+
+    def pinned(self, digests: Sequence[bytes]) -> int:
+        """How many leading tiles of these are pinned; all of them have to be here. A tile has at
+        least the pins of those that continue it, so halving finds the last."""
+        return bisect.bisect_left(digests, True, key=lambda digest: not self._tiles[digest].pins)
 
     def hold(self, digests: Sequence[bytes]) -> list[int]:
         """Pins a sequence's leading tiles; returns their chunks, for the caller to map.

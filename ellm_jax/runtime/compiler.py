@@ -128,7 +128,9 @@ class StepCompiler:
                 try:
                     self._needs[key] = self._runner.compile(key)
                 except Exception as error:
-                    raise CompileFailed(f"a step could not be compiled: {error}") from error
+                    raise CompileFailed(
+                        f"a step could not be compiled: {error}", key.mode
+                    ) from error
                 bar.update()
             self.waited_s += time.perf_counter() - begin
         return self._needs[key]

@@ -109,10 +109,19 @@ class Runner:
         """Starts a step and returns what it will give; nothing waits for it here.
 
         The step has to be compiled, and the KV of its spans mapped.
+
+        Raises:
+            StepFailed: it could not be started.
         """
         step = self._steps[key]
         meta: Any = step.layout.pack(self._kv_id, spans, sampling, targets)
-        result, self._carry, self._state = step.call(self._weights, meta, self._carry, self._state)
+        try:
+            result, self._carry, self._state = step.call(
+                self._weights, meta, self._carry, self._state
+            )
+        except jax.errors.JaxRuntimeError as error:
+            self.recover()
+            raise StepFailed(str(error)) from error
         return result
 
     def wait(self, result: StepResult) -> StepResult:

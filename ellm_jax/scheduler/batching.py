@@ -80,6 +80,7 @@ class Scheduler:
         self.offloaded: list[Request] = []
         self.moving: list[Request] = []
         self._numbers = itertools.count()
+        self._smallest_need: int | None = None
 
     # The queues.
 
@@ -207,18 +208,31 @@ class Scheduler:
     # Admission.
 
     def _admit(self, draft: Draft) -> None:
-        index = 0
-        while index < min(len(self.waiting), _LOOKED_AT) and len(self.running) < self._max_num_seqs:
+        index = looked_at = 0
+        while index < len(self.waiting) and len(self.running) < self._max_num_seqs:
             request = self.waiting[index]
-            found = self.sharing.found(request)
-            if not self.could_run(request) or self.sharing.comes_soon(request, found):
+            if not self.could_run(request):
                 index += 1
+                continue
+            found = self.sharing.found(request)
+            if self.sharing.comes_soon(request, found) and looked_at < _LOOKED_AT:
+                index += 1
+                looked_at += 1
                 continue
             # Nobody overtakes: who comes later would only take what this one waits for.
             if not draft.open_to(request) or not self._take_in(request, found, draft):
                 return
 
+    def _has_state_row(self, request: Request) -> bool:
+        """Whether a request that needs a row of sampler state would get one."""
+        if not request.params.needs_state:
+            return True
+        taken = sum(r.params.needs_state for r in (*self.running, *self.moving))
+        return taken < self._state_rows
+
     def _take_in(self, request: Request, found: int, draft: Draft) -> bool:
+        if not self._has_state_row(request):
+            return False
         if self.rules.whole_prompts:
             left = request.num_tokens - found * self._ledger.tile_tokens
             if draft.rows + left > draft.max_rows:
@@ -250,13 +264,9 @@ class Scheduler:
         """Whether the whole prompt fits, beside this step's chunks, what is left of the prompts
         that run, and one more chunk for each that runs: else it would only take memory that
         they need next, and be preempted for it."""
-        if request.params.needs_state:
-            taken = sum(r.params.needs_state for r in self.running)
-            if taken >= self._state_rows:
-                return False
         if not self.running and not self.moving and not self.offloaded:
             return True  # alone: the engine checked that it fits
-        if self.offloaded:
+        if any(self.could_run(r) for r in self.offloaded):
             return False  # those come first
         chunks = self._chunks_to_take(request, found)
         return self._has_room(draft, draft.chunks + chunks, request) and self._has_room(
@@ -265,18 +275,16 @@ class Scheduler:
 
     def _fits_for_a_while(self, request: Request, found: int, draft: Draft) -> bool:
         """Whether the prompt fits until its first token, and host memory has room for it then."""
-        if not self.may_offload(request) or request.params.needs_state:
+        if not self.may_offload(request):
             return False
         chunks = self._chunks_to_take(request, found)
         unfinished = sum(self._missing(r) for r in self.running if r.remaining > 1)
         return self._has_room(draft, max(draft.chunks, unfinished) + chunks, request)
 
     def _chunks_to_take(self, request: Request, found: int) -> int:
-        # Tiles found that nobody uses are part of the room; counting them too errs on the safe
-        # side.
-        shared = found if self._ledger.prefix is not None else 0
+        # Tiles found that nobody uses are part of the room, and no longer once they are taken.
         total = self._ledger.chunks_for(request.num_tokens + 1)
-        return total - shared if self.running else total
+        return total - self.sharing.in_use(request, found)
 
     def _promised(self, draft: Draft) -> int:
         """Chunks that those that run are known to need: what is left of their prompts, or this
@@ -313,10 +321,9 @@ class Scheduler:
         limit was lowered, and waits until it is raised."""
         ledger = self._ledger
         total = max(request.max_total_tokens, request.num_tokens + 1)
-        need = max(
-            ledger.floor_bytes,
-            self._need_bytes(min(self._smallest_prefill, total), 1, StepMode(), False),
-        )
+        if self._smallest_need is None:
+            self._smallest_need = self._need_bytes(self._smallest_prefill, 1, StepMode(), True)
+        need = max(ledger.floor_bytes, self._smallest_need)
         kv_bytes = ledger.chunks_for(total) * ledger.chunk_bytes
         return kv_bytes + need <= ledger.capacity_bytes
 
@@ -334,14 +341,18 @@ class Scheduler:
     def wants_prompts(self, now: float) -> bool:
         """Whether memory that comes free should go to a waiting prompt rather than to a request in
         host memory: while the host tier has room for it, and no token there is due."""
-        if not self.waiting or not self.may_offload(self.waiting[0]):
+        head = self.head()
+        if head is None or not self.may_offload(head):
             return False
         if not self.offloaded or self.offloaded[0].tpot_ms is None:
             return True
         first = self.offloaded[0]
-        head = self.waiting[0]
         ahead_s = self.copy_s(first) + self.cost.prefill_s(0, head.num_tokens)
         return self.due_s(first) - now > ahead_s
+
+    def head(self) -> Request | None:
+        """The first that waits and could run."""
+        return next((r for r in self.waiting if self.could_run(r)), None)
 
     def copy_s(self, request: Request) -> float:
         """Seconds to copy a request's KV one way."""
@@ -352,7 +363,7 @@ class Scheduler:
         """The request to bring back from host memory now, if one fits beside those that run and
         leaves room for the prompt that is to go before it."""
         for request in self.offloaded:
-            if not self.could_run(request):
+            if not self.could_run(request) or not self._has_state_row(request):
                 continue
             if len(self.running) + len(self.moving) >= self._max_num_seqs:
                 return None
@@ -364,8 +375,9 @@ class Scheduler:
                     ledger.chunks_for(r.max_total_tokens) > ledger.chunks_for(r.num_tokens)
                     for r in (*self.running, request)
                 )
-                if self.wants_prompts(now):
-                    chunks += ledger.chunks_for(self.waiting[0].num_tokens + 1)
+                head = self.head() if self.wants_prompts(now) else None
+                if head is not None:
+                    chunks += ledger.chunks_for(head.num_tokens + 1)
             rows = len(self.running) + 1
             need = max(ledger.floor_bytes, self._need_bytes(rows, rows, StepMode(), False))
             fits = chunks * ledger.chunk_bytes + need <= ledger.room_bytes
@@ -377,10 +389,10 @@ class Scheduler:
         request whose next token is due last, if its slack covers the copies and the prefill."""
         if self._host is None or not self.waiting:
             return None
-        head, ttft_ms = self.waiting[0], self.waiting[0].ttft_ms
-        if ttft_ms is None:
+        head = self.head()
+        if head is None or head.ttft_ms is None:
             return None
-        if now - head.arrival_s < _PATIENCE * 1e-3 * ttft_ms or not self.may_offload(head):
+        if now - head.arrival_s < _PATIENCE * 1e-3 * head.ttft_ms or not self.may_offload(head):
             return None
         if any(r.parked or r.to_host for r in self.running) or self.moving:
             return None
@@ -395,7 +407,7 @@ class Scheduler:
             r
             for r in self.running
             if r.output_ids
-            and not r.params.needs_state
+            and not r.copy_failed
             and r.num_offloads < _MOST_PREEMPTIONS
             and self._host.room_for(r.num_tokens + head.num_tokens)
             and slack_s(r) > 0
@@ -416,12 +428,15 @@ class Scheduler:
         nobody where only one runs."""
         if len(self.running) < 2:
             return None
-        return max(self.running, key=lambda r: (r.num_preemptions < _MOST_PREEMPTIONS, r.rank))
+        return max(
+            self.running,
+            key=lambda r: (r.num_preemptions + r.num_offloads < _MOST_PREEMPTIONS, r.rank),
+        )
 
     def prefers_offload(self, victim: Request) -> bool:
         """Whether copying a request's KV out and back is quicker than computing it again, and host
         memory has room for it."""
-        if self._host is None or victim.computed < 1 or victim.params.needs_state:
+        if self._host is None or victim.computed < 1 or victim.copy_failed:
             return False
         again_s = self.cost.prefill_s(0, victim.num_tokens)
         return self._host.room_for(victim.num_tokens) and 2 * self.copy_s(victim) < again_s

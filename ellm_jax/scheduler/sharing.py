@@ -27,6 +27,12 @@ class PrefixSharing:
         most = (request.num_tokens - 1) // self._ledger.tile_tokens
         return self._cache.match(digests[:most])
 
+    def in_use(self, request: Request, found: int) -> int:
+        """How many of the tiles found somebody uses: those cost no room at all."""
+        if self._cache is None or request.keys is None:
+            return 0
+        return self._cache.pinned(request.keys.digests[:found])
+
     def comes_soon(self, request: Request, found: int) -> bool:
         """Whether a request that runs is computing the tile after those found: who waits for it
         need not compute it again."""

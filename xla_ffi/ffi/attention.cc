@@ -9,6 +9,7 @@
 #include "ffi/handlers.h"
 #include "ffi/step_header.h"
 #include "ffi/thread_pool.h"
+#include "kernels/cpu/arena_workspace.h"
 #include "kernels/cpu/dispatch.h"
 #include "kv/kv_cache.h"
 #include "kv/registry.h"
@@ -139,7 +140,8 @@ xf::Error attention_impl(xf::ThreadPool pool, xf::AnyBuffer q, xf::AnyBuffer k, 
     parallel(units, body);
   };
   write_kv(args, k.untyped_data(), v.untyped_data(), spans, header.num_sequences, run);
-  attention(kernels(), args, spans, header.num_sequences, parallel.num_threads(), run);
+  ArenaWorkspace workspaces(find_arena(header.kv_id));
+  attention(kernels(), args, spans, header.num_sequences, parallel.num_threads(), run, &workspaces);
   return xf::Error::Success();
 }
 

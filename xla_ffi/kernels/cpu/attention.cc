@@ -53,7 +53,8 @@ void write_kv(const AttentionArgs& a, const void* k, const void* v, const Sequen
 }
 
 void attention(const Kernels& kernels, const AttentionArgs& a, const SequenceSpan* spans,
-               int64_t num_spans, int64_t num_threads, const ParallelFor& parallel) {
+               int64_t num_spans, int64_t num_threads, const ParallelFor& parallel,
+               WorkspaceSource* workspaces) {
   const int64_t group = a.q_heads / a.kv.kv_heads;
   int64_t rows = 0;
   for (int64_t s = 0; s < num_spans; ++s) rows += spans[s].row_count;
@@ -104,10 +105,10 @@ void attention(const Kernels& kernels, const AttentionArgs& a, const SequenceSpa
   }
   const int64_t stride = kernels.acc_stride(a.kv.head_dim);
   const int64_t state_floats = part_rows * (stride + 2);
-  std::vector<float> memory(parts.size() * state_floats);
+  const WorkspaceMemory memory(workspaces, parts.size() * state_floats * sizeof(float));
   std::vector<SoftmaxState> states(parts.size());
   for (size_t i = 0; i < parts.size(); ++i) {
-    float* at = memory.data() + i * state_floats;
+    float* at = static_cast<float*>(memory.get()) + i * state_floats;
     states[i] = {at + part_rows * stride, at + part_rows * (stride + 1), at};
   }
 

@@ -4,6 +4,7 @@
 
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/parallel.h"
+#include "kernels/cpu/workspace.h"
 
 namespace ellm {
 
@@ -17,8 +18,10 @@ constexpr int64_t kPartTokens = 1024;
 void write_kv(const AttentionArgs& args, const void* k, const void* v, const SequenceSpan* spans,
               int64_t num_spans, const ParallelFor& parallel);
 
-// args.out for all rows of the spans, after their K and V are written.
+// args.out for all rows of the spans, after their K and V are written. The partial results of
+// divided contexts lie in memory from `workspaces`, or the heap where that is null or short.
 void attention(const Kernels& kernels, const AttentionArgs& args, const SequenceSpan* spans,
-               int64_t num_spans, int64_t num_threads, const ParallelFor& parallel);
+               int64_t num_spans, int64_t num_threads, const ParallelFor& parallel,
+               WorkspaceSource* workspaces = nullptr);
 
 }  // namespace ellm

@@ -239,7 +239,7 @@ static inline Vec exp2_negative(Vec x) {
 #if defined(__AVX512F__)
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ), p, n);
 #else
-  IVec exponent, bits;  // the integer is in the low bits of `shifted`
+  UVec exponent, bits;  // the integer is in the low bits of `shifted`
   std::memcpy(&exponent, &shifted, sizeof exponent);
   std::memcpy(&bits, &p, sizeof bits);
   bits += exponent << 23;
