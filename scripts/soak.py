@@ -6,8 +6,8 @@ Clients in a process of their own submit, stream, abandon and abort requests wit
 than the limit holds, while limits change now and then. This process reads the other's resident
 memory twice a second. At the end it prints one line of JSON: the slope of resident memory over the
 second half in MiB per hour, what the ledger counts when all is over beside what it counted at the
-start, and how many requests ended how. The exit status is 1 if the ledger is not back where it was, or a
-request ended in an error.
+start, and how many requests ended how. The exit status is 1 if the ledger is not back where it was,
+or a request ended in an error.
 """
 
 from __future__ import annotations
