@@ -172,7 +172,7 @@ class KvCache:
     def premap(self, slots: Sequence[int], tokens: Sequence[int]) -> int:
         """Takes, now, the chunks that `extend` with the same arguments would, and returns how many.
 
-        In order, as far as they can be had without reclaiming or waiting. They count as "kv" at once
+        In order, as far as they can be had without reclaiming or waiting. They count as "kv" now
         and are mapped on the cache's thread. `extend` waits for that and maps what is missing then,
         which includes what failed here.
         """
