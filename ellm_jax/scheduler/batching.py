@@ -215,9 +215,11 @@ class Scheduler:
                 index += 1
                 continue
             found = self.sharing.found(request)
-            if self.sharing.comes_soon(request, found) and looked_at < _LOOKED_AT:
+            if self.sharing.comes_soon(request, found):
                 index += 1
                 looked_at += 1
+                if looked_at == _LOOKED_AT:
+                    return
                 continue
             # Nobody overtakes: who comes later would only take what this one waits for.
             if not draft.open_to(request) or not self._take_in(request, found, draft):
