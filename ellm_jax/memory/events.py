@@ -11,7 +11,7 @@ EventKind = Literal[
     "inflate", "deflate", "offload", "fetch", "evict", "preempt", "trim", "resize", "sleep", "wake"
 ]
 
-_KEPT = 16384
+_KEPT = 4096
 """Most events kept; the oldest go first. The counters go on."""
 
 
