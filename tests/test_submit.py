@@ -52,8 +52,7 @@ def test_a_failing_engine_fails_its_futures(
     future = engine.submit([5], _greedy(100))
     with pytest.raises(EngineClosed, match="the ledger is off"):
         future.result(timeout=120)
-    engine._thread.join()
+    engine._thread._thread.join(timeout=60)
     engine._loop.step = step
-    engine._wind_up()
     with pytest.raises(EngineClosed):
         engine.submit([5], _greedy(3))
