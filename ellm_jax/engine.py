@@ -21,6 +21,7 @@ from ellm_jax.config import EngineConfig, format_bytes, parse_bytes
 from ellm_jax.engine_thread import EngineClosed, EngineThread
 from ellm_jax.host_loop import HostLoop
 from ellm_jax.intake import Group, Intake, Prompt, RequestOptions, is_single, params_per_prompt
+from ellm_jax.limits import Limits
 from ellm_jax.loop_stats import LoopStats
 from ellm_jax.memory.events import MemoryEvent
 from ellm_jax.memory.report import MemoryReport
@@ -59,6 +60,7 @@ class Engine:
         self._thread = EngineThread(config.idle_trim_s, _trim_if_idle)
         assembly = assemble(path, config, self._thread.on_token, self._thread.on_finish)
         self._loop = assembly.loop
+        self._limits = Limits(assembly.loop)
         self._compiler = assembly.compiler
         self.model_config = assembly.model_config
         self.dtype = assembly.dtype
@@ -307,7 +309,7 @@ class Engine:
         """
         if host_memory is not None:
             host_bytes = parse_bytes(host_memory)
-            self._thread.call(lambda: self._loop.resize_host(host_bytes))
+            self._thread.call(lambda: self._limits.resize_host(host_bytes))
         if device_memory is not None:
             limit_bytes = parse_bytes(device_memory)
             self._thread.call(lambda: self._resize(limit_bytes))
@@ -323,7 +325,7 @@ class Engine:
                 f"device_memory={format_bytes(limit_bytes)}: weights, the engine's own arrays and "
                 f"the smallest step need {format_bytes(least_bytes)}; give that or more"
             )
-        self._loop.resize(limit_bytes)
+        self._limits.resize(limit_bytes)
         self._intake = dataclasses.replace(self._intake, room_bytes=self._room_bytes())
 
     def sleep(self) -> None:
@@ -332,7 +334,7 @@ class Engine:
         self._thread.call(self._sleep)
 
     def _sleep(self) -> None:
-        self._loop.sleep()
+        self._limits.sleep()
         _native.malloc_trim()
 
     def wake(self) -> None:
@@ -341,7 +343,7 @@ class Engine:
         Raises:
             OutOfMemory: the limit was lowered meanwhile and does not hold them; still asleep.
         """
-        self._thread.call(self._loop.wake)
+        self._thread.call(self._limits.wake)
 
     def warm_up(self) -> None:
         """Compiles every step shape that a batch can come in, as `EngineConfig.warm_up` does for

@@ -68,6 +68,8 @@ class HostLoop:
         slo: its logical size.
         clock: seconds, monotonic.
         asleep: whether the weights are gone; requests wait.
+        absent_bytes: bytes of the weights while they are gone.
+        tiering: moves requests between the tiers; None without a host tier.
     """
 
     executor: Executor
@@ -81,6 +83,7 @@ class HostLoop:
     clock: Callable[[], float] = time.monotonic
     stats: LoopStats = field(default_factory=LoopStats)
     asleep: bool = False
+    absent_bytes: int = 0
     _in_flight: deque[_InFlight] = field(default_factory=deque)
     _steps_of: dict[Request, int] = field(default_factory=dict)
     _leaving: set[Request] = field(default_factory=set)
@@ -88,12 +91,11 @@ class HostLoop:
     _refusals: int = 0
     _crowded: bool = False
     _settled_s: float = 0.0
-    _weights_bytes: int = 0
 
     def __post_init__(self) -> None:
-        self._tiering = None
+        self.tiering: Tiering | None = None
         if self.host is not None:
-            self._tiering = Tiering(
+            self.tiering = Tiering(
                 self.scheduler, self.ledger, self.host, self._give_back, self._restart
             )
 
@@ -101,11 +103,6 @@ class HostLoop:
     def busy(self) -> bool:
         """Whether a request waits or runs, or a step is in flight."""
         return self.scheduler.busy or bool(self._in_flight)
-
-    @property
-    def absent_bytes(self) -> int:
-        """Bytes of the weights while they are gone."""
-        return self._weights_bytes if self.asleep else 0
 
     def submit(self, request: Request) -> None:
         """Queues a request."""
@@ -128,7 +125,7 @@ class HostLoop:
         if self._in_flight and (launched is None or len(self._in_flight) > 1):
             self._settle(self._in_flight.popleft())
             return True
-        if launched is None and self._tiering is not None and self._tiering.wait():
+        if launched is None and self.tiering is not None and self.tiering.wait():
             return True
         return launched is not None or self.ledger.repair()
 
@@ -180,14 +177,14 @@ class HostLoop:
 
     def _move_tiers(self) -> None:
         """Takes in copies that are done, starts others, and makes way for prompts that are late."""
-        if self._tiering is None:
+        if self.tiering is None:
             return
         with self._timed("plan_s"):
             now = self.clock()
             if not self._in_flight and not self.scheduler.running:
                 self._crowded = False
             with contextlib.suppress(CompileFailed):  # the plan will tell
-                self._tiering.advance(now, fetch=not self._crowded)
+                self.tiering.advance(now, fetch=not self._crowded)
             leaver = self.scheduler.may_make_way(now)
             if leaver is not None:
                 self._park(leaver)
@@ -221,7 +218,7 @@ class HostLoop:
         if self._in_flight:
             self.drain()
             return
-        if self._tiering is not None and self._tiering.wait():
+        if self.tiering is not None and self.tiering.wait():
             return
         with self._timed("map_s"):
             if self.scheduler.trim_running() or self.ledger.repair():
@@ -234,7 +231,7 @@ class HostLoop:
         victim = self.scheduler.victim()
         short = isinstance(cause, MemoryPressure | OutOfMemory)
         if victim is not None and (short or self._refusals >= _MAX_FAILURES):
-            self._make_room(victim, "KV of those that run")
+            self.make_room(victim, "KV of those that run")
             return
         self._refusals += 1
         if self._refusals > _MAX_FAILURES:
@@ -264,15 +261,15 @@ class HostLoop:
             request.error = str(cause)
             self._finish(request, "error")
 
-    def _make_room(self, victim: Request, cause: str) -> None:
+    def make_room(self, victim: Request, cause: str) -> None:
         """Takes a request's memory: to host memory where that is quicker, or else it is prefilled
         again, output included, when memory allows. No step may be in flight."""
         self._crowded = True
         self._parked.discard(victim)
         if (
-            self._tiering is not None
+            self.tiering is not None
             and self.scheduler.prefers_offload(victim)
-            and self._tiering.leave(victim)
+            and self.tiering.leave(victim)
         ):
             return
         begin = self.ledger.events.clock()
@@ -286,8 +283,8 @@ class HostLoop:
     def _restart(self, request: Request) -> None:
         """Has a request computed again from the start; its memory is given back. No step in flight
         may name it."""
-        if self._tiering is not None:
-            self._tiering.drop(request)  # first: a copy on its way reads the slot
+        if self.tiering is not None:
+            self.tiering.drop(request)  # first: a copy on its way reads the slot
         self._parked.discard(request)
         self._give_back(request)
         self.scheduler.requeue(request)
@@ -299,14 +296,14 @@ class HostLoop:
         self._leave_parked()
 
     def _leave_parked(self) -> None:
-        if self._tiering is None:
+        if self.tiering is None:
             return
         for request in [r for r in self._parked if not self._steps_of.get(r)]:
             self._parked.discard(request)
             if request.status is not Status.RUNNING:
                 continue
             if self.scheduler.waiting or self.scheduler.offloaded:
-                self._tiering.leave(request)
+                self.tiering.leave(request)
             else:
                 request.parked = request.to_host = False  # nobody needs its room any more
 
@@ -386,8 +383,8 @@ class HostLoop:
     def _after_tiles(self, request: Request) -> None:
         """Full tiles are there: they may be shared, and copied ahead."""
         self.scheduler.sharing.bring_in(request)
-        if request.to_host and self._tiering is not None:
-            self._tiering.copy_ahead(request)
+        if request.to_host and self.tiering is not None:
+            self.tiering.copy_ahead(request)
 
     def _learn(self, step: _InFlight, now: float) -> None:
         """Takes the time of a step in: from its start, or the end of the one before it."""
@@ -398,6 +395,7 @@ class HostLoop:
         if decoding:
             self.stats.decode_s += seconds
             self.stats.decode_tokens += decoding
+            self.scheduler.note_pace(seconds)
         if seconds > _LEARNED_S or self.stats.steps % 8 == 0:
             self.scheduler.cost.observe(work, seconds)
 
@@ -431,8 +429,7 @@ class HostLoop:
             if request.ttft_ms is not None:
                 late[0] |= 1e3 * (now - request.arrival_s) > request.ttft_ms
         elif request.tpot_ms is not None:
-            mean_ms = 1e3 * (now - request.first_token_s) / len(request.output_ids)
-            late[1] |= mean_ms > request.tpot_ms
+            late[1] |= self.scheduler.due_s(request) < now
         request.output_ids.append(token)
         if request.params.logprobs is not None and result.logprobs is not None:
             count = request.params.logprobs
@@ -500,8 +497,10 @@ class HostLoop:
     def _finish(self, request: Request, reason: FinishReason) -> None:
         self.scheduler.remove(request)
         self._parked.discard(request)
-        if self._tiering is not None:
-            self._tiering.drop(request)
+        if self.tiering is not None:
+            self.tiering.drop(request)
+        if reason in ("stop", "length"):
+            self.scheduler.note_length(request)
         request.finish_reason = reason
         request.finished_s = self.clock()
         self.executor.give_back(request)
@@ -524,88 +523,6 @@ class HostLoop:
             slot, request.slot = request.slot, None
             self.ledger.release(slot)
             self.scheduler.sharing.let_go(request)
-
-    # Limits.
-
-    def resize(self, limit_bytes: int) -> None:
-        """Sets the device's limit. Requests that no longer fit beside each other go to host memory
-        or are computed again later; none ends for it.
-
-        Raises:
-            OutOfMemory: weights and fixed owners alone do not fit; the old limit stays.
-            RuntimeError: the system refused to take memory back; likewise.
-        """
-        begin = self.ledger.events.clock()
-        before = self.ledger.usage()["limit"]
-        self.drain()
-        while True:
-            try:
-                self.ledger.resize(limit_bytes)
-                break
-            except OutOfMemory:
-                if self._tiering is not None and self._tiering.wait():
-                    continue
-                running = self.scheduler.running
-                if not running:
-                    raise
-                self._make_room(max(running, key=lambda r: r.rank), "a lower limit")
-        for request in list(self.scheduler.running):
-            if not self.scheduler.could_run(request):
-                self._make_room(request, "a lower limit")
-        self.ledger.events.add("resize", limit_bytes - before, "asked for", begin)
-
-    def resize_host(self, limit_bytes: int) -> None:
-        """Sets the limit of host memory; what no longer fits there is computed again.
-
-        Raises:
-            ValueError: the policy keeps no KV in host memory.
-        """
-        if self._tiering is None or self.slo is None:
-            raise ValueError(
-                "the policy has no host tier; make the engine with policy='elastic' or 'inter'"
-            )
-        self._tiering.resize(limit_bytes)
-        self.slo.resize(limit_bytes)
-
-    def sleep(self) -> None:
-        """Gives nearly everything back: KV to host memory as far as that has room, cached prefixes,
-        weights. Requests wait for `wake`."""
-        if self.asleep:
-            return
-        begin = self.ledger.events.clock()
-        before = self.ledger.usage()["physical"]
-        self.drain()
-        for request in list(self.scheduler.running):
-            self._make_room(request, "sleep")
-        if self._tiering is not None:
-            self._tiering.wait_all()
-            assert self.host is not None
-            self.host.trim()
-        self.ledger.drop_prefixes()
-        self._weights_bytes = self.executor.sleep()
-        self.ledger.give_weights(self._weights_bytes)
-        self.ledger.trim()
-        self.asleep = True
-        given = before - self.ledger.usage()["physical"]
-        self.ledger.events.add("sleep", given, "asked for", begin)
-
-    def wake(self) -> None:
-        """Takes the weights again; requests go on.
-
-        Raises:
-            OutOfMemory: the limit was lowered meanwhile and does not hold them; still asleep.
-        """
-        if not self.asleep:
-            return
-        begin = self.ledger.events.clock()
-        self.ledger.take_weights(self._weights_bytes)
-        try:
-            self.executor.wake()
-        except BaseException:
-            self.ledger.give_weights(self._weights_bytes)
-            raise
-        self.asleep = False
-        self.ledger.events.add("wake", self._weights_bytes, "asked for", begin)
 
     def _timed(self, field_name: str) -> AbstractContextManager[None]:
         return self.stats.timed(field_name)

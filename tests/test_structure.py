@@ -17,7 +17,7 @@ FLOORS = [
     ["ellm_jax.bench", "ellm_jax.serving", "ellm_jax.batch_file", "ellm_jax.doctor"],
     ["ellm_jax.engine"],
     ["ellm_jax.sim"],
-    ["ellm_jax.assembly", "ellm_jax.engine_thread"],
+    ["ellm_jax.assembly", "ellm_jax.engine_thread", "ellm_jax.limits"],
     ["ellm_jax.intake"],
     ["ellm_jax.host_loop"],
     ["ellm_jax.tiering", "ellm_jax.executor", "ellm_jax.step_results", "ellm_jax.loop_stats"],

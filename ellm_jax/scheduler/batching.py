@@ -21,7 +21,11 @@ _LOOKED_AT = 32
 """Most waiting requests looked at in a step, where those before them wait for somebody's prefix."""
 _KEEP_UP = 0.9
 """Share of the TPOT target that a step may take when requests are behind it: so they catch up."""
-_PATIENCE = 0.1
+_PACE_GAIN = 0.1
+"""How much the latest step, or the latest answer, counts in the running means."""
+_PACE_MARGIN = 1.5
+"""How much slower than now tokens may come before a request is late."""
+_PATIENCE = 0.02
 """Share of its TTFT target that a prompt waits before others make way for it."""
 _MOST_PREEMPTIONS = 4
 """After so many, a request gives its memory up only if nobody else can."""
@@ -81,6 +85,8 @@ class Scheduler:
         self.moving: list[Request] = []
         self._numbers = itertools.count()
         self._smallest_need: int | None = None
+        self._pace_s = 0.0
+        self._used_share = 1.0
 
     # The queues.
 
@@ -126,10 +132,24 @@ class Scheduler:
         self.add(request)
 
     def due_s(self, request: Request) -> float:
-        """When the next token of a request is due by its TPOT target; its rank without one."""
+        """Until when a request may rest and still keep its TPOT target, a mean over its answer, if
+        its tokens then come at the present pace; its rank where it has no target. How long the
+        answer will be is judged by how much of `max_tokens` others have lately used."""
         if request.tpot_ms is None or request.first_token_s is None:
             return request.rank[0]
-        return request.first_token_s + 1e-3 * request.tpot_ms * len(request.output_ids)
+        tokens = max(len(request.output_ids) + 1, round(self._used_share * request.max_tokens))
+        left = tokens - len(request.output_ids)
+        end_s = request.first_token_s + 1e-3 * request.tpot_ms * (tokens - 1)
+        return end_s - _PACE_MARGIN * self._pace_s * left
+
+    def note_pace(self, seconds: float) -> None:
+        """A step in which requests decoded took so long."""
+        self._pace_s += _PACE_GAIN * (seconds - self._pace_s)
+
+    def note_length(self, request: Request) -> None:
+        """A request came to its end by itself."""
+        share = len(request.output_ids) / request.max_tokens
+        self._used_share += _PACE_GAIN * (share - self._used_share)
 
     # Planning.
 

@@ -17,6 +17,7 @@ from collections import Counter, deque
 from dataclasses import dataclass
 
 from ellm_jax._native import OutOfMemory
+from ellm_jax.limits import Limits
 from ellm_jax.request import Request, Status
 from ellm_jax.scheduler.plan import Plan
 from ellm_jax.sim import invariants
@@ -214,15 +215,15 @@ class _Story:
         elif what.kind == "resize":
             refusal = RuntimeError if self._rates["driver_faults"] else OutOfMemory
             with contextlib.suppress(refusal):
-                loop.resize(int(what.amount))
+                Limits(loop).resize(int(what.amount))
         elif what.kind == "resize_host":
             if world.host is not None:
-                loop.resize_host(int(what.amount))
+                Limits(loop).resize_host(int(what.amount))
         elif what.kind == "sleep":
-            loop.sleep()
+            Limits(loop).sleep()
         elif what.kind == "wake":
             with contextlib.suppress(OutOfMemory):
-                loop.wake()
+                Limits(loop).wake()
         else:
             self._rates[what.kind] = what.amount
             if what.kind == "driver_faults":
