@@ -36,8 +36,8 @@ class Scheduler:
 
     Plain bookkeeping: it takes slots and counts chunks, the caller reserves and dispatches. A
     request is admitted when its prompt fits beside what those that run are known to need; or, with
-    a host tier, when it fits for as long as its prefill takes, to leave for host memory after its
-    first token (eLLM section 4.3). Of the requests of a failed step at most one is in each later
+    a host tier and a TTFT target, when it fits for as long as its prefill takes, to leave for host
+    memory after its first token (eLLM section 4.3). Of the requests of a failed step at most one is in each later
     step, until a step with it succeeds: so that the one to blame is found, and its mates are not
     dragged along.
     """
@@ -297,8 +297,8 @@ class Scheduler:
 
     def _fits_for_a_while(self, request: Request, found: int, draft: Draft) -> bool:
         """Whether the prompt fits until its first token, and host memory has room for it then."""
-        if not self.may_offload(request):
-            return False
+        if request.ttft_ms is None or not self.may_offload(request):
+            return False  # who has no target is in no hurry
         chunks = self._chunks_to_take(request, found)
         unfinished = sum(self._missing(r) for r in self.running if r.remaining > 1)
         return self._has_room(draft, max(draft.chunks, unfinished) + chunks, request)
@@ -364,7 +364,7 @@ class Scheduler:
         """Whether memory that comes free should go to a waiting prompt rather than to a request in
         host memory: while the host tier has room for it, and no token there is due."""
         head = self.head()
-        if head is None or not self.may_offload(head):
+        if head is None or head.ttft_ms is None or not self.may_offload(head):
             return False
         if not self.offloaded or self.offloaded[0].tpot_ms is None:
             return True
