@@ -37,9 +37,9 @@ class Scheduler:
     Plain bookkeeping: it takes slots and counts chunks, the caller reserves and dispatches. A
     request is admitted when its prompt fits beside what those that run are known to need; or, with
     a host tier and a TTFT target, when it fits for as long as its prefill takes, to leave for host
-    memory after its first token (eLLM section 4.3). Of the requests of a failed step at most one is in each later
-    step, until a step with it succeeds: so that the one to blame is found, and its mates are not
-    dragged along.
+    memory after its first token (eLLM section 4.3). Of the requests of a failed step at most one is
+    in each later step, until a step with it succeeds: so that the one to blame is found, and its
+    mates are not dragged along.
     """
 
     def __init__(
