@@ -91,4 +91,5 @@ class Limits:
             self._loop.ledger.give_weights(self._loop.absent_bytes)
             raise
         self._loop.asleep = False
-        self._loop.ledger.events.add("wake", self._loop.absent_bytes, "asked for", begin)
+        taken, self._loop.absent_bytes = self._loop.absent_bytes, 0
+        self._loop.ledger.events.add("wake", taken, "asked for", begin)
