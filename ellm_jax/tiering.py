@@ -126,6 +126,8 @@ class Tiering:
             if not isinstance(error, OutOfMemory):
                 _log.warning("request %s stays in host memory: %s", request.id, error)
             self._give_back_slot(request)
+            # What others have computed is not in its copy, and may be gone by the next time.
+            request.computed = request.settled = computed
             return False
         self._scheduler.move(request, Status.FETCHING)
         self.host.copy_in(copy, request.slot, request.pinned)
