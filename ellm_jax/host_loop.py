@@ -411,9 +411,8 @@ class HostLoop:
             and 1e3 * (now - head.arrival_s) > head.ttft_ms
         )
         # Whoever is kept in host memory past its time counts too, not only once it is back.
-        kept = next(iter(self.scheduler.offloaded), None)
-        kept_late = kept is not None and kept.tpot_ms is not None
-        kept_late = kept_late and kept is not None and self.scheduler.due_s(kept) < now
+        kept = self.scheduler.first_due()
+        kept_late = kept is not None and self.scheduler.due_s(kept) < now
         self.slo.observe(late[0] or overdue, late[1] or kept_late)
 
     def _take_token(

@@ -55,6 +55,7 @@ class Request:
         pinned: leading tiles that it shares with the prefix cache.
         cached_tokens: prompt tokens that were found instead of computed, when it first ran.
         host: what of its KV lies in host memory; None: nothing.
+        left_s: when it last left for host memory.
         copy_failed: a copy of its KV to host memory failed; it is not tried again.
         parked: not to be planned: it leaves for host memory when no step names it.
         to_host: admitted to leave for host memory after its first token.
@@ -89,6 +90,7 @@ class Request:
     pinned: int = 0
     cached_tokens: int = 0
     host: HostCopy | None = None
+    left_s: float = 0.0
     copy_failed: bool = False
     parked: bool = False
     to_host: bool = False

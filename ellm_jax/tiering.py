@@ -44,6 +44,7 @@ class Tiering:
         self.host = host
         self._give_back_slot = give_back_slot
         self._restart = restart
+        self._clock = ledger.events.clock
 
     def advance(self, now: float, *, fetch: bool) -> None:
         """Takes in the copies that are done, and starts what should come back."""
@@ -87,6 +88,7 @@ class Tiering:
             return False
         self.host.keep_only(request.host)
         request.num_offloads += 1
+        request.left_s = self._clock()
         self._scheduler.move(request, Status.LEAVING)
         return True
 
@@ -168,8 +170,8 @@ class Tiering:
             request.host = None
 
     def resize(self, limit_bytes: int) -> None:
-        """Sets the limit of host memory. Requests that no longer fit there are computed again,
-        those whose next token is due last first."""
+        """Sets the limit of host memory. Requests that no longer fit there are computed again, the
+        last in rank first."""
         while True:
             try:
                 self.host.resize(limit_bytes)

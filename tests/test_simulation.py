@@ -45,6 +45,7 @@ PAST_FAILURES = (
     165,  # a slot is released while it is being copied
     1084,  # nobody runs, and broken slots hold everything
     6970,  # two requests that came at once preempt each other for ever
+    8893,  # a request that could rest long rested behind all that came later
     7518,  # the same, with another policy
 )
 

@@ -121,7 +121,7 @@ class Scheduler:
         if status is Status.WAITING:
             self.add(request)
         elif status is Status.OFFLOADED:
-            bisect.insort(self.offloaded, request, key=lambda r: (self.due_s(r), r.rank))
+            bisect.insort(self.offloaded, request, key=lambda r: r.rank)
         elif status is not Status.FINISHED:
             self._queue_of(request).append(request)
 
@@ -366,11 +366,24 @@ class Scheduler:
         head = self.head()
         if head is None or head.ttft_ms is None or not self.may_offload(head):
             return False
-        if not self.offloaded or self.offloaded[0].tpot_ms is None:
-            return True
-        first = self.offloaded[0]
-        ahead_s = self.copy_s(first) + self.cost.prefill_s(0, head.num_tokens)
-        return self.due_s(first) - now > ahead_s
+        return not self._is_due(now, self.cost.prefill_s(0, head.num_tokens))
+
+    def first_due(self) -> Request | None:
+        """Who in host memory has to come back first to keep its TPOT target."""
+        able = (r for r in self.offloaded if r.tpot_ms is not None and self.could_run(r))
+        return min(able, key=self.back_by_s, default=None)
+
+    def back_by_s(self, request: Request) -> float:
+        """Until when a request may stay in host memory: it may not rest for longer than a prompt
+        is promised to wait at most, however long it could."""
+        if request.ttft_ms is None:
+            return self.due_s(request)
+        return min(self.due_s(request), request.left_s + 1e-3 * request.ttft_ms)
+
+    def _is_due(self, now: float, ahead_s: float = 0.0) -> bool:
+        """Whether somebody in host memory has to come back now, or in so many seconds."""
+        first = self.first_due()
+        return first is not None and self.back_by_s(first) - now <= self.copy_s(first) + ahead_s
 
     def head(self) -> Request | None:
         """The first that waits and could run."""
@@ -383,8 +396,8 @@ class Scheduler:
 
     def next_fetch(self, now: float) -> Request | None:
         """The request to bring back from host memory now, if one fits beside those that run and
-        leaves room for the prompt that is to go before it."""
-        for request in self.offloaded:
+        leaves room for the prompt that is to go before it. Who has to be back first goes first."""
+        for request in sorted(self.offloaded, key=lambda r: (self.back_by_s(r), r.rank)):
             if not self.could_run(request) or not self._has_state_row(request):
                 continue
             if len(self.running) + len(self.moving) >= self._max_num_seqs:
