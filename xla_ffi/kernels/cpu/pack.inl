@@ -68,16 +68,31 @@ static inline void prefetch_part(const T* row, int64_t i, int64_t n) {
   }
 }
 
+// The kLanes words that begin at row, all of them elements of it.
+template <class Arithmetic, class T>
+static inline Vec whole_words(const T* row) {
+  if constexpr (Arithmetic::kPerWord == 1) {
+    return load(row);
+  } else {
+    return load(reinterpret_cast<const float*>(row));
+  }
+}
+
 // to[i, j] = word i of K of token j; zeros where there is no token. Asks for the rows `next`.
 template <class Arithmetic, class T>
 static void pack_k(const T* const* rows, const T* const* next, int64_t dim, float* to) {
   constexpr int64_t kWidth = kLanes * Arithmetic::kPerWord;
   for (int64_t j = 0; j < kBlock; j += kLanes) {
+    const bool present = rows[j] && rows[j + kLanes - 1];  // rows are missing at the ends only
     for (int64_t i = 0; i < dim; i += kWidth) {
       Vec words[kLanes];
-      for (int n = 0; n < kLanes; ++n) {
-        prefetch_part(next[j + n], i, kWidth);
-        words[n] = rows[j + n] ? load_words<Arithmetic>(rows[j + n], i, dim) : Vec{};
+      for (int n = 0; n < kLanes; ++n) prefetch_part(next[j + n], i, kWidth);
+      if (present && dim - i >= kWidth) {
+        for (int n = 0; n < kLanes; ++n) words[n] = whole_words<Arithmetic>(rows[j + n] + i);
+      } else {
+        for (int n = 0; n < kLanes; ++n) {
+          words[n] = rows[j + n] ? load_words<Arithmetic>(rows[j + n], i, dim) : Vec{};
+        }
       }
       transpose(words);
       float* at = to + i / Arithmetic::kPerWord * kBlock + j;
@@ -92,6 +107,46 @@ static inline UVec bits_of(Vec v) {
   return u;
 }
 
+// to[d] = V of one token, or of two in one word, from element d on; null is zeros. Both rows are of
+// element type T and `dim` elements.
+template <class Arithmetic, class T>
+static inline void pack_v_words(const T* first, const T* second, int64_t d, int64_t dim,
+                                float* to) {
+  for (; d < dim; d += kLanes) {
+    Vec words = first ? load_words<Floats>(first, d, dim) : Vec{};
+    if constexpr (Arithmetic::kPerWord == 2) {
+      // As float32 a bfloat16 is the upper half of its word.
+      const Vec upper = second ? load_words<Floats>(second, d, dim) : Vec{};
+      const UVec pair = bits_of(words) >> 16 | bits_of(upper);
+      std::memcpy(&words, &pair, sizeof words);
+    }
+    store(to + d, words);
+  }
+}
+
+// pack_v_words of whole vectors of both rows, from element 0 on. Returns the first element that is
+// left.
+template <class Arithmetic, class T>
+static inline int64_t interleave(const T* first, const T* second, int64_t dim, float* to) {
+  int64_t d = 0;
+#if defined(__AVX512BF16__)
+  if constexpr (Arithmetic::kPerWord == 2) {
+    alignas(64) static constexpr uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                      37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                      11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i low = _mm512_load_si512(kLow);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(kLanes));
+    for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
+      const __m512i a = _mm512_loadu_si512(first + d);
+      const __m512i b = _mm512_loadu_si512(second + d);
+      _mm512_storeu_si512(to + d, _mm512_permutex2var_epi16(a, low, b));
+      _mm512_storeu_si512(to + d + kLanes, _mm512_permutex2var_epi16(a, high, b));
+    }
+  }
+#endif
+  return d;
+}
+
 // to[j, d] = V of token j, or of tokens 2 j and 2 j + 1 in one word; zeros where there is no token.
 // Rows of `stride` words. Asks for the rows `next`.
 template <class Arithmetic, class T>
@@ -101,16 +156,8 @@ static void pack_v(const T* const* rows, const T* const* next, int64_t dim, int6
     const T* first = rows[j];
     const T* second = rows[j + Arithmetic::kPerWord - 1];
     for (int n = 0; n < Arithmetic::kPerWord; ++n) prefetch_part(next[j + n], 0, dim);
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      Vec words = first ? load_words<Floats>(first, d, dim) : Vec{};
-      if constexpr (Arithmetic::kPerWord == 2) {
-        // As float32 a bfloat16 is the upper half of its word.
-        const Vec upper = second ? load_words<Floats>(second, d, dim) : Vec{};
-        const UVec pair = bits_of(words) >> 16 | bits_of(upper);
-        std::memcpy(&words, &pair, sizeof words);
-      }
-      store(to + d, words);
-    }
+    const int64_t d = first && second ? interleave<Arithmetic>(first, second, dim, to) : 0;
+    pack_v_words<Arithmetic>(first, second, d, dim, to);
   }
 }
 
