@@ -12,6 +12,7 @@ from ellm_jax import SamplingParams
 from ellm_jax.bench.capacity import compare_capacity, measure_capacity
 from ellm_jax.bench.trace_request import WorkloadError
 from ellm_jax.cli import main
+from ellm_jax.loop_stats import LoopStats
 
 
 @pytest.mark.parametrize("prefill", [False, True])
@@ -56,6 +57,16 @@ def test_what_cannot_run_or_ends_too_soon_is_told(
         measure_capacity(engine, 250, output_tokens=7)
     with pytest.raises(WorkloadError, match="ask for more than 1 tokens"):
         measure_capacity(engine, 20, output_tokens=1, watch_s=0.01)
+
+    class Unseen(StubEngine):
+        def stats(self) -> LoopStats:
+            return LoopStats()
+
+    with (
+        Unseen(prefill_s=0.001, token_s=0.001) as stub,
+        pytest.raises(WorkloadError, match="ask for more than 5 tokens"),
+    ):
+        measure_capacity(stub, 20, output_tokens=5, watch_s=0.01, prefill=True)
 
 
 def test_each_policy_at_each_context() -> None:

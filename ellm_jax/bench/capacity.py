@@ -77,6 +77,8 @@ def measure_capacity(
     Raises:
         WorkloadError: such a request can never run, or they are over too soon.
     """
+    if output_tokens < 2:
+        raise _over_too_soon(output_tokens)
     requests = [TraceRequest(0.0, context, output_tokens)] * (engine.config.max_num_seqs + 1)
     check_lengths(engine, requests)
     prompts = make_prompts(engine, requests, seed)
@@ -102,10 +104,7 @@ def measure_capacity(
     if errors:
         raise WorkloadError(f"a request with a context of {context} failed: {errors[0]}")
     if not stats.steps or not stats.decode_tokens:
-        raise WorkloadError(
-            f"the requests were over before they could be watched; ask for more than "
-            f"{output_tokens} tokens of output"
-        )
+        raise _over_too_soon(output_tokens)
     return Capacity(
         context=context,
         batch=stats.peak_running,
@@ -117,6 +116,13 @@ def measure_capacity(
         preemptions=stats.preemptions,
         kv_bytes=memory.peaks["kv"],
         limit_bytes=memory.limit_bytes,
+    )
+
+
+def _over_too_soon(output_tokens: int) -> WorkloadError:
+    return WorkloadError(
+        f"the requests were over before they could be watched; ask for more than "
+        f"{output_tokens} tokens of output"
     )
 
 
