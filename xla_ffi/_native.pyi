@@ -3,9 +3,16 @@
 Errors: `ValueError` for arguments that make no sense, `OutOfMemory` where a limit stands in the
 way, `RuntimeError` where the system refused. Unless a slot is "broken" afterwards, a call that
 raises has changed nothing.
+
+Devices are named "cpu", "cuda:0", "cuda:1" and so on. The CUDA driver is looked for when a CUDA
+device is first asked for; where there is none, that raises RuntimeError and says why.
 """
 
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 class OutOfMemory(RuntimeError):
     """A limit stands in the way; waiting or freeing helps."""
@@ -16,8 +23,12 @@ class Pool:
     Owners are "kv", "cache", "activation", "weights" and "workspace".
     """
 
-    def __init__(self, chunk_bytes: int, limit_bytes: int) -> None:
-        """`chunk_bytes` is a power of two of whole pages; `limit_bytes` may be anything."""
+    def __init__(self, chunk_bytes: int, limit_bytes: int, device: str = "cpu") -> None:
+        """`chunk_bytes` is a power of two and a multiple of `granularity_bytes(device)`;
+        `limit_bytes` may be anything.
+
+        On a CUDA device the primary context is used, which is JAX's too: initialise JAX first.
+        """
 
     @staticmethod
     def simulated(chunk_bytes: int, limit_bytes: int) -> Pool:
@@ -28,6 +39,10 @@ class Pool:
 
     @property
     def chunk_bytes(self) -> int: ...
+    @property
+    def device(self) -> str:
+        """The device, or "simulated"."""
+
     def usage(self) -> dict[str, int]:
         """One consistent picture, in bytes.
 
@@ -68,6 +83,22 @@ class Pool:
     def resize(self, limit_bytes: int) -> None:
         """Sets the limit. Raises `OutOfMemory` below what is owned or available."""
 
+    def back_ahead(self, bytes: int) -> None:
+        """Has up to `bytes` of free memory made by a thread of the pool's own, now and whenever
+        chunks were taken, so that nobody waits for it to be made. 0 ends it.
+
+        What is made ahead is "backed_free" and counts as free; the limit holds at every moment.
+        Once backed memory was handed back (`trim`, `resize`, `reserve` that needed the room), or
+        the system refused, nothing is made until chunks are taken again.
+        """
+
+    def synchronize(self) -> None:
+        """Waits until the device has done everything that was started on it; nothing on a CPU.
+
+        Memory of slots that a failed step may still touch is not to be given up before. Raises
+        RuntimeError where some of what was started has failed.
+        """
+
     def inject_faults(self, seed: int, rate: float) -> None:
         """Simulated pools: each driver call fails with probability `rate`; 0 ends it.
 
@@ -93,8 +124,10 @@ class KvLayout:
         element_bytes: int,
         max_tokens: int,
         num_slots: int,
+        granularity_bytes: int = 4096,
     ) -> KvLayout:
-        """The layout that wastes least. Raises `ValueError` for sizes that cannot be."""
+        """The layout that wastes least, in chunks of at least `granularity_bytes`, the device's
+        (see `granularity_bytes()`). Raises `ValueError` for sizes that cannot be."""
 
     @property
     def layers(self) -> int: ...
@@ -155,6 +188,13 @@ class KvCache:
         """A slot for about `tokens` tokens: the best fit among the mapped ones. Maps nothing.
 
         Raises `OutOfMemory` when every slot is in use.
+        """
+
+    def take(self, slot: int) -> None:
+        """That very slot, with what is mapped in it: for several caches that are to give a request
+        the same one.
+
+        Waits for what is pending in the slot. Raises `OutOfMemory` when it is in use.
         """
 
     def take_empty_slot(self) -> int:
@@ -223,6 +263,14 @@ class KvCache:
     def slot_state(self, slot: int) -> str:
         """One of "free", "active", "available", "dying", "broken"."""
 
+    def check_step(self, metadata: npt.NDArray[np.int32]) -> None:
+        """Checks that all that a step reads and writes is mapped, from the metadata of the step
+        (`StepLayout.pack`) on the host; for devices where the custom calls cannot look.
+
+        Raises `RuntimeError` with slot, tokens and what is mapped where it is not, `ValueError`
+        where the metadata makes no sense.
+        """
+
     def stats(self) -> dict[str, int]:
         """Slots and mapped bytes by state, driver calls and the time in them.
 
@@ -234,11 +282,78 @@ class KvCache:
     def close(self) -> None:
         """Unmaps everything and gives the addresses back; may be repeated."""
 
+class KvGroup:
+    """One number for the KV caches of several devices, by which a program that runs on all of them
+    names them: a handler finds the cache of its own device. Lasts as long as the object."""
+
+    def __init__(self, caches: Sequence[KvCache], device_ordinals: Sequence[int]) -> None:
+        """`device_ordinals[i]` is the device of `caches[i]` as XLA counts them on this host."""
+
+    @property
+    def id(self) -> int:
+        """Its number in the registry, for custom calls. Never used twice in a process."""
+
 def ffi_registrations() -> dict[str, object]:
     """FFI target name -> capsule of its handler."""
 
+def cuda_ffi_registrations() -> dict[str, object]:
+    """FFI target name -> capsule of its handler on CUDA; empty in a build without CUDA."""
+
+def cuda_attention_workspace_bytes(
+    dtype: str,
+    rows: int,
+    sequences: int,
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    max_tokens: int,
+) -> int:
+    """Bytes of the workspace of an attention call on CUDA; in any build.
+
+    `dtype`: "float32", "bfloat16" or "float16"; `rows`: T; `sequences`: most of the step;
+    `max_tokens`: of a slot. `ValueError`: another dtype, or sizes that make no sense.
+    """
+
+def load_cuda_attention(
+    device: int,
+    dtype: str,
+    rows: int,
+    sequences: int,
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    max_tokens: int,
+) -> None:
+    """Makes the kernels of such calls ready on a device, which cannot be done while a CUDA graph is
+    captured.
+
+    `RuntimeError`: CUDA refused, or this build has no CUDA kernels. `ValueError`: sizes that make
+    no sense, or that the kernels do not take.
+    """
+
 def cpu_isa() -> str:
     """The instruction set of the kernels in use: "avx512", "avx2" or "generic"."""
+
+def cuda_devices() -> list[dict[str, Any]]:
+    """The CUDA devices by ordinal: "name", "total_bytes", "free_bytes" (now, for all processes),
+    "compute_capability" (major, minor). [] where there is no CUDA driver; see `cuda_error`.
+
+    Makes the context of each device for as long as it takes to ask.
+    """
+
+def cuda_error() -> str | None:
+    """Why CUDA cannot be used here, and what to do; None where it can."""
+
+def granularity_bytes(device: str) -> int:
+    """The smallest chunk of a device's memory: a page, or 2 MiB on CUDA devices."""
+
+def time_mapping(device: str, chunk_bytes: int, count: int, repeats: int) -> dict[str, list[float]]:
+    """Microseconds per chunk of each call that mapping consists of, one value per repeat.
+
+    `count` chunks are created ("create"), mapped and unmapped one by one ("map", "unmap"), then
+    together ("map_batched", "unmap_batched"), and destroyed ("destroy"). On CUDA devices mapping
+    and access are separate calls ("set_access", "set_access_batched").
+    """
 
 def malloc_trim() -> bool:
     """Gives unused heap back to the system; True if any went."""
@@ -253,11 +368,20 @@ class HostBuffer:
     A block gets its memory when it is first taken, and keeps it when it is given back.
     """
 
-    def __init__(self, block_bytes: int, limit_bytes: int) -> None:
-        """`block_bytes` is whole pages; `limit_bytes` may be anything."""
+    def __init__(self, block_bytes: int, limit_bytes: int, device: str = "cpu") -> None:
+        """`block_bytes` is whole pages; `limit_bytes` may be anything. For a CUDA `device` blocks
+        are pinned (page-locked), for all CUDA devices."""
 
     @property
     def block_bytes(self) -> int: ...
+    @property
+    def device(self) -> str:
+        """The device that it is host memory for."""
+
+    def prepare(self, bytes: int) -> None:
+        """Makes, and pins, the memory of as many blocks as `bytes` (or the limit) hold, so that
+        `take` need not. Other threads get in between blocks."""
+
     def take(self, n: int) -> list[int]:
         """`n` blocks, contents undefined, or `OutOfMemory` and none."""
 
@@ -284,20 +408,26 @@ class HostBuffer:
         """Gives the memory of blocks that nobody has to the system; returns the bytes."""
 
 class Copier:
-    """Copies between the slots of a KV cache and host blocks, one after the other, in a thread.
+    """Copies between the slots of a KV cache and host blocks, in the order of submission.
+
+    On a CPU one thread does them one after the other. On a CUDA device each direction has a thread
+    and a stream of its own, beside XLA's: the order holds within a direction, and between copies
+    that share a block. Several chunks are under way at once.
 
     Until a copy is done its chunks stay mapped, and unchanged (offload) or untouched (fetch): the
     caller sees to that. Its blocks cannot be given back.
     """
 
-    def __init__(self) -> None: ...
+    def __init__(self, device: str = "cpu") -> None:
+        """KV caches and host buffers have to be of the same device."""
+
     def offload(
         self, kv: KvCache, slot: int, first_tile: int, buffer: HostBuffer, blocks: Sequence[int]
     ) -> int:
         """Copies chunks [first_tile, first_tile + len(blocks)) of the slot to the blocks.
 
         Returns a ticket. `ValueError`: no such slot, tiles or blocks, blocks of another size than
-        the chunks, a simulated pool, or a closed copier.
+        the chunks, a simulated pool, another device, or a closed copier.
         """
 
     def fetch(
@@ -311,8 +441,8 @@ class Copier:
     def wait(self, ticket: int) -> None:
         """Returns when the copy is over.
 
-        Raises `RuntimeError` if it failed: a chunk was not mapped when its turn came, or the
-        copier was closed first. Some chunks or blocks may have been copied even so.
+        Raises `RuntimeError` if it failed: a chunk was not mapped when its turn came, the device
+        failed, or the copier was closed first. Some chunks or blocks may have been copied even so.
         """
 
     def stats(self) -> dict[str, int]:
@@ -350,7 +480,7 @@ class Arena:
     def serve(self, kv: KvCache) -> None:
         """The kernels of this KV cache take their workspaces here until it is closed.
 
-        Where the arena is short they use the heap.
+        Where the arena is short they use the heap. For pools on the CPU.
         """
 
     def usage(self) -> dict[str, int]:

@@ -1,13 +1,18 @@
 // KvLayout and KvCache as Python sees them.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bindings.h"
 #include "kv/registry.h"
+#include "kv/step.h"
 #include "wrappers.h"
 
 namespace nb = nanobind;
@@ -28,11 +33,12 @@ void bind_layout(nb::module_& m) {
       .def_static(
           "choose",
           [](int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t element_bytes,
-             int64_t max_tokens, int64_t num_slots) {
-            return value_or_raise(
-                KvLayout::Choose(layers, kv_heads, head_dim, element_bytes, max_tokens, num_slots));
+             int64_t max_tokens, int64_t num_slots, int64_t granularity_bytes) {
+            return value_or_raise(KvLayout::Choose(layers, kv_heads, head_dim, element_bytes,
+                                                   max_tokens, num_slots, granularity_bytes));
           },
           "layers"_a, "kv_heads"_a, "head_dim"_a, "element_bytes"_a, "max_tokens"_a, "num_slots"_a,
+          "granularity_bytes"_a = 4096,
           "The layout that wastes least. Raises ValueError for sizes that cannot be.")
       .def_ro("layers", &KvLayout::layers)
       .def_ro("kv_heads", &KvLayout::kv_heads)
@@ -48,6 +54,13 @@ void bind_layout(nb::module_& m) {
       .def("chunks_for", &KvLayout::chunks_for, "tokens"_a);
 }
 
+using StepWords = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+void check_step_of(const PyKvCache& kv, const StepWords& metadata) {
+  const StepView step = value_or_raise(view_step(metadata.data(), metadata.shape(0)));
+  raise_if_failed(check_step(*kv.get(), step));
+}
+
 void bind_cache(nb::module_& m) {
   nb::class_<PyKvCache>(m, "KvCache",
                         "The slots of a model. Changed by one thread at a time; reading is free.")
@@ -56,6 +69,8 @@ void bind_cache(nb::module_& m) {
       .def_prop_ro("layout", &PyKvCache::layout, nb::rv_policy::copy)
       .def("take_slot", &PyKvCache::take_slot, "tokens"_a,
            "A slot for about `tokens` tokens: the best fit among the mapped ones. Maps nothing.")
+      .def("take", &PyKvCache::take, "slot"_a,
+           "That very slot, for several caches that are to give a request the same one.")
       .def("take_empty_slot", &PyKvCache::take_empty_slot,
            "A slot with nothing mapped; unmaps the smallest available one where none is free.")
       .def("extend", &PyKvCache::extend, "slots"_a, "tokens"_a,
@@ -82,21 +97,59 @@ void bind_cache(nb::module_& m) {
       .def("mapped_bytes", &PyKvCache::mapped_bytes, "slot"_a)
       .def("slot_state", &PyKvCache::slot_state, "slot"_a,
            "\"free\", \"active\", \"available\", \"dying\" or \"broken\".")
+      .def("check_step", &check_step_of, "metadata"_a.noconvert(),
+           "Raises unless everything that a step with this metadata touches is mapped.")
       .def("stats", &PyKvCache::stats)
       .def("close", &PyKvCache::close,
            "Unmaps everything and gives the addresses back. No step may be in flight.");
 }
 
+// The number of a group, for as long as the Python object lives.
+class PyKvGroup {
+ public:
+  PyKvGroup(const std::vector<const PyKvCache*>& caches, const std::vector<int32_t>& devices) {
+    std::map<int32_t, int32_t> ids_by_device;
+    for (size_t i = 0; i < std::min(caches.size(), devices.size()); ++i) {
+      if (caches[i] != nullptr) ids_by_device.emplace(devices[i], caches[i]->id());
+    }
+    if (caches.empty() || ids_by_device.size() != caches.size() ||
+        ids_by_device.size() != devices.size()) {
+      throw nb::value_error("a group of KV caches needs one device for each, none of them twice");
+    }
+    id_ = register_kv_group(std::move(ids_by_device));
+  }
+  ~PyKvGroup() { unregister_kv(id_); }
+  PyKvGroup(const PyKvGroup&) = delete;
+  PyKvGroup& operator=(const PyKvGroup&) = delete;
+
+  int32_t id() const { return id_; }
+
+ private:
+  int32_t id_;
+};
+
+void bind_group(nb::module_& m) {
+  nb::class_<PyKvGroup>(m, "KvGroup", "One number for the KV caches of several devices.")
+      .def(nb::init<const std::vector<const PyKvCache*>&, const std::vector<int32_t>&>(),
+           "caches"_a, "device_ordinals"_a)
+      .def_prop_ro("id", &PyKvGroup::id, "Its number in the registry, for custom calls.");
+}
+
 }  // namespace
 
 PyKvCache::PyKvCache(const PyPool& pool, const KvLayout& layout)
-    : cache_(value_or_raise(unlocked([&] { return KvCache::Create(pool.get(), layout); }))),
+    : device_(pool.device()),
+      cache_(value_or_raise(unlocked([&] { return KvCache::Create(pool.get(), layout); }))),
       id_(register_kv(cache_)) {}
 
 PyKvCache::~PyKvCache() { unregister_kv(id_); }
 
 int32_t PyKvCache::take_slot(int64_t tokens) {
   return value_or_raise(unlocked([&] { return cache_->take_slot(tokens); }));
+}
+
+void PyKvCache::take(int32_t slot) {
+  raise_if_failed(unlocked([&] { return cache_->take(slot); }));
 }
 
 int32_t PyKvCache::take_empty_slot() {
@@ -189,6 +242,7 @@ int32_t PyKvCache::checked(int32_t slot) const {
 void bind_kv(nb::module_& m) {
   bind_layout(m);
   bind_cache(m);
+  bind_group(m);
 }
 
 }  // namespace ellm

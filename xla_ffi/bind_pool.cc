@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "bindings.h"
-#include "memory/host_driver.h"
+#include "memory/devices.h"
 #include "wrappers.h"
 
 namespace nb = nanobind;
@@ -27,11 +27,15 @@ std::shared_ptr<ChunkPool> make_pool(std::shared_ptr<Driver> driver, int64_t chu
 
 }  // namespace
 
-PyPool::PyPool(int64_t chunk_bytes, int64_t limit_bytes)
-    : pool_(make_pool(value_or_raise(HostDriver::Create()), chunk_bytes, limit_bytes)) {}
+PyPool::PyPool(int64_t chunk_bytes, int64_t limit_bytes, const std::string& device)
+    : device_(device),
+      pool_(make_pool(value_or_raise(unlocked([&] { return open_device_memory(device); })),
+                      chunk_bytes, limit_bytes)) {}
 
 PyPool::PyPool(std::shared_ptr<SimDriver> simulator, int64_t chunk_bytes, int64_t limit_bytes)
-    : simulator_(std::move(simulator)), pool_(make_pool(simulator_, chunk_bytes, limit_bytes)) {}
+    : device_("simulated"),
+      simulator_(std::move(simulator)),
+      pool_(make_pool(simulator_, chunk_bytes, limit_bytes)) {}
 
 PyPool PyPool::simulated(int64_t chunk_bytes, int64_t limit_bytes) {
   return PyPool(std::make_shared<SimDriver>(), chunk_bytes, limit_bytes);
@@ -77,6 +81,15 @@ void PyPool::resize(int64_t limit_bytes) {
   raise_if_failed(unlocked([&] { return pool_->set_limit(limit); }));
 }
 
+void PyPool::back_ahead(int64_t bytes) {
+  const size_t ahead = non_negative("bytes", bytes);
+  unlocked([&] { pool_->back_ahead(ahead); });
+}
+
+void PyPool::synchronize() {
+  raise_if_failed(unlocked([&] { return pool_->driver().synchronize(); }));
+}
+
 nb::dict PyPool::usage() const {
   const Usage u = pool_->usage();
   nb::dict d;
@@ -109,10 +122,12 @@ nb::dict PyPool::usage() const {
 void bind_pool(nb::module_& m) {
   nb::class_<PyPool>(m, "Pool",
                      "Physical memory under one limit, counted by owner to the byte. Thread-safe.")
-      .def(nb::init<int64_t, int64_t>(), "chunk_bytes"_a, "limit_bytes"_a)
+      .def(nb::init<int64_t, int64_t, const std::string&>(), "chunk_bytes"_a, "limit_bytes"_a,
+           "device"_a = "cpu")
       .def_static("simulated", &PyPool::simulated, "chunk_bytes"_a, "limit_bytes"_a,
                   "A pool whose driver keeps books but has no memory.")
       .def_prop_ro("chunk_bytes", [](const PyPool& pool) { return pool.get()->chunk_bytes(); })
+      .def_prop_ro("device", &PyPool::device, "\"cpu\", \"cuda:0\", ... or \"simulated\".")
       .def("usage", &PyPool::usage,
            "One consistent picture in bytes; free + kv + cache + activation + weights + workspace "
            "== limit.")
@@ -131,6 +146,10 @@ void bind_pool(nb::module_& m) {
            "Hands backed free memory beyond keep_bytes to the system; returns the bytes.")
       .def("resize", &PyPool::resize, "limit_bytes"_a,
            "Sets the limit. Raises OutOfMemory below what is owned or available.")
+      .def("back_ahead", &PyPool::back_ahead, "bytes"_a,
+           "Has up to `bytes` of free memory made ahead, by a thread of its own; 0 ends it.")
+      .def("synchronize", &PyPool::synchronize,
+           "Waits until the device has done everything that was started on it.")
       .def("inject_faults", &PyPool::inject_faults, "seed"_a, "rate"_a,
            "Simulated pools: each driver call fails with this probability.")
       .def("fail_call", &PyPool::fail_call, "n"_a,

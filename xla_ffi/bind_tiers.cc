@@ -1,5 +1,6 @@
 // The host tier and the activation arena as Python sees them.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
@@ -13,9 +14,8 @@
 #include "kv/slot_copy.h"
 #include "memory/arena.h"
 #include "memory/copy_engine.h"
+#include "memory/devices.h"
 #include "memory/host_buffer.h"
-#include "memory/host_driver.h"
-#include "memory/sim_driver.h"
 #include "wrappers.h"
 
 namespace nb = nanobind;
@@ -26,13 +26,15 @@ namespace {
 
 class PyHostBuffer {
  public:
-  PyHostBuffer(int64_t block_bytes, int64_t limit_bytes)
-      : buffer_(value_or_raise(HostBuffer::Create(value_or_raise(HostDriver::Create()),
-                                                  non_negative("block_bytes", block_bytes),
-                                                  non_negative("limit_bytes", limit_bytes)))) {}
+  PyHostBuffer(int64_t block_bytes, int64_t limit_bytes, const std::string& device)
+      : device_(device),
+        buffer_(value_or_raise(HostBuffer::Create(
+            value_or_raise(unlocked([&] { return open_host_memory(device); })),
+            non_negative("block_bytes", block_bytes), non_negative("limit_bytes", limit_bytes)))) {}
 
   const std::shared_ptr<HostBuffer>& get() const { return buffer_; }
   size_t block_bytes() const { return buffer_->block_bytes(); }
+  const std::string& device() const { return device_; }
 
   std::vector<BlockId> take(int64_t n) {
     const size_t count = non_negative("n", n);
@@ -49,6 +51,11 @@ class PyHostBuffer {
     const std::vector<std::byte*> at = value_or_raise(buffer_->pin({block}));
     buffer_->unpin({block});
     return reinterpret_cast<uintptr_t>(at[0]);
+  }
+
+  void prepare(int64_t bytes) {
+    const size_t n = non_negative("bytes", bytes);
+    raise_if_failed(unlocked([&] { return buffer_->prepare(n); }));
   }
 
   void resize(int64_t limit_bytes) {
@@ -72,11 +79,15 @@ class PyHostBuffer {
   }
 
  private:
+  std::string device_;
   std::shared_ptr<HostBuffer> buffer_;
 };
 
 class PyCopier {
  public:
+  explicit PyCopier(const std::string& device)
+      : device_(device), copier_(value_or_raise(unlocked([&] { return open_link(device); }))) {}
+
   Ticket offload(const PyKvCache& kv, int32_t slot, int64_t first_tile, const PyHostBuffer& buffer,
                  std::vector<BlockId> blocks) {
     return submit(CopyDirection::kOffload, kv, slot, first_tile, buffer, std::move(blocks));
@@ -109,15 +120,22 @@ class PyCopier {
  private:
   Ticket submit(CopyDirection direction, const PyKvCache& kv, int32_t slot, int64_t first_tile,
                 const PyHostBuffer& buffer, std::vector<BlockId> blocks) {
-    if (dynamic_cast<SimDriver*>(&kv.get()->pool()->driver()) != nullptr) {
+    if (kv.get()->pool()->driver().reach() == Reach::kNobody) {
       throw nb::value_error(
           "the KV cache is over a simulated pool, which has no memory to copy; use a copier that "
           "is simulated too");
+    }
+    if (kv.device() != device_ || buffer.device() != device_) {
+      const std::string message = "the KV cache is on " + kv.device() + ", the host buffer for " +
+                                  buffer.device() + ", the copier for " + device_ +
+                                  "; make all three with the same device";
+      throw nb::value_error(message.c_str());
     }
     return value_or_raise(copy_slot(&copier_, direction, kv.get(), slot, first_tile, buffer.get(),
                                     std::move(blocks)));
   }
 
+  const std::string device_;
   Copier copier_;
 };
 
@@ -143,10 +161,10 @@ class PyArena {
   }
 
   void serve(const PyKvCache& kv) {
-    if (dynamic_cast<SimDriver*>(&arena_->pool()->driver()) != nullptr) {
+    if (arena_->pool()->driver().reach() != Reach::kHost) {
       throw nb::value_error(
-          "the arena is over a simulated pool, which has no memory for kernels; make it with a "
-          "pool that has");
+          "the arena is over a simulated pool or a GPU's, but the kernels that use it work in host "
+          "memory; make it with a pool of device \"cpu\"");
     }
     use_arena(kv.id(), arena_);
   }
@@ -167,8 +185,12 @@ class PyArena {
 
 void bind_host_buffer(nb::module_& m) {
   nb::class_<PyHostBuffer>(m, "HostBuffer", "The host tier's memory: blocks under a limit.")
-      .def(nb::init<int64_t, int64_t>(), "block_bytes"_a, "limit_bytes"_a)
+      .def(nb::init<int64_t, int64_t, const std::string&>(), "block_bytes"_a, "limit_bytes"_a,
+           "device"_a = "cpu")
       .def_prop_ro("block_bytes", &PyHostBuffer::block_bytes)
+      .def_prop_ro("device", &PyHostBuffer::device, "The device that it is host memory for.")
+      .def("prepare", &PyHostBuffer::prepare, "bytes"_a,
+           "Makes the memory of so many bytes of blocks now, so that take() need not.")
       .def("take", &PyHostBuffer::take, "n"_a,
            "`n` blocks, contents undefined, or OutOfMemory and none.")
       .def("give_back", &PyHostBuffer::give_back, "blocks"_a,
@@ -183,7 +205,7 @@ void bind_host_buffer(nb::module_& m) {
 
 void bind_copier(nb::module_& m) {
   nb::class_<PyCopier>(m, "Copier", "Copies between KV slots and host blocks, on its own thread.")
-      .def(nb::init<>())
+      .def(nb::init<const std::string&>(), "device"_a = "cpu")
       .def("offload", &PyCopier::offload, "kv"_a, "slot"_a, "first_tile"_a, "buffer"_a, "blocks"_a,
            "Chunks [first_tile, first_tile + len(blocks)) of the slot to the blocks; a ticket.")
       .def("fetch", &PyCopier::fetch, "kv"_a, "slot"_a, "first_tile"_a, "buffer"_a, "blocks"_a,

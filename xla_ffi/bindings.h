@@ -17,6 +17,8 @@ namespace ellm {
 void bind_pool(nanobind::module_& m);
 void bind_kv(nanobind::module_& m);
 void bind_tiers(nanobind::module_& m);
+void bind_cuda_attention(nanobind::module_& m);
+void bind_devices(nanobind::module_& m);
 
 struct OutOfMemoryError : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -32,6 +34,7 @@ inline void raise_if_failed(const Status& status) {
       throw OutOfMemoryError(status.message());
     case Code::kDriver:
     case Code::kBroken:
+    case Code::kNotMapped:
       throw std::runtime_error(status.message());
   }
 }

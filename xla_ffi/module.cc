@@ -20,9 +20,11 @@ namespace ellm {
 NB_MODULE(_native, m) {
   m.doc() = "Virtual tensors, KV slots, memory tiers and CPU kernels.";
   nb::exception<OutOfMemoryError>(m, "OutOfMemory", PyExc_RuntimeError);
+  bind_devices(m);
   bind_pool(m);
   bind_kv(m);
   bind_tiers(m);
+  bind_cuda_attention(m);
   m.def("ffi_registrations", &ffi_registrations, "FFI target name -> capsule of its handler.");
   m.def("cpu_isa", &cpu_isa, "The instruction set of the kernels in use.");
   m.def(

@@ -15,13 +15,15 @@
 
 namespace ellm {
 
-// A pool over host memory, or over none.
+// A pool over the memory of a device, or over none.
 class PyPool {
  public:
-  PyPool(int64_t chunk_bytes, int64_t limit_bytes);
+  PyPool(int64_t chunk_bytes, int64_t limit_bytes, const std::string& device);
   static PyPool simulated(int64_t chunk_bytes, int64_t limit_bytes);
 
   const std::shared_ptr<ChunkPool>& get() const { return pool_; }
+  // "simulated" for a pool over no memory.
+  const std::string& device() const { return device_; }
 
   void reserve(const std::string& owner, int64_t bytes);
   void give_back(const std::string& owner, int64_t bytes);
@@ -29,6 +31,8 @@ class PyPool {
   size_t uncache(const std::vector<ChunkId>& ids);
   size_t trim(int64_t keep_bytes);
   void resize(int64_t limit_bytes);
+  void back_ahead(int64_t bytes);
+  void synchronize();
   nanobind::dict usage() const;
   void reset_peaks() { pool_->reset_peaks(); }
 
@@ -40,7 +44,8 @@ class PyPool {
   PyPool(std::shared_ptr<SimDriver> simulator, int64_t chunk_bytes, int64_t limit_bytes);
   SimDriver& simulator() const;
 
-  std::shared_ptr<SimDriver> simulator_;  // Null over host memory.
+  std::string device_;
+  std::shared_ptr<SimDriver> simulator_;  // Null over a device's memory.
   std::shared_ptr<ChunkPool> pool_;
 };
 
@@ -54,9 +59,12 @@ class PyKvCache {
 
   const std::shared_ptr<KvCache>& get() const { return cache_; }
   int32_t id() const { return id_; }
+  // Of its pool.
+  const std::string& device() const { return device_; }
   const KvLayout& layout() const { return cache_->layout(); }
 
   int32_t take_slot(int64_t tokens);
+  void take(int32_t slot);
   int32_t take_empty_slot();
   void extend(const std::vector<int32_t>& slots, const std::vector<int64_t>& tokens);
   size_t premap(const std::vector<int32_t>& slots, const std::vector<int64_t>& tokens);
@@ -80,6 +88,7 @@ class PyKvCache {
  private:
   int32_t checked(int32_t slot) const;
 
+  std::string device_;
   std::shared_ptr<KvCache> cache_;
   int32_t id_;
 };

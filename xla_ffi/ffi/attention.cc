@@ -7,12 +7,12 @@
 #include <string>
 
 #include "ffi/handlers.h"
-#include "ffi/step_header.h"
 #include "ffi/thread_pool.h"
 #include "kernels/cpu/arena_workspace.h"
 #include "kernels/cpu/dispatch.h"
 #include "kv/kv_cache.h"
 #include "kv/registry.h"
+#include "kv/step.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ellm {
@@ -31,40 +31,17 @@ std::string dims(xf::Span<const int64_t> d) {
   return text + "]";
 }
 
-// Every span inside the batch, and inside what is mapped of its slot.
-xf::Error check_spans(const KvCache& kv, const SequenceSpan* spans, const StepHeader& header,
-                      int64_t rows) {
-  for (int32_t i = 0; i < header.num_sequences; ++i) {
-    const SequenceSpan& s = spans[i];
-    if (s.row_begin < 0 || s.row_count < 0 || s.context_tokens < 0 ||
-        int64_t{s.row_begin} + s.row_count > rows) {
-      return invalid("sequence " + std::to_string(i) + " takes rows " +
-                     std::to_string(s.row_begin) + " to " +
-                     std::to_string(int64_t{s.row_begin} + s.row_count) + " after " +
-                     std::to_string(s.context_tokens) + " tokens, the step has " +
-                     std::to_string(rows) + " rows");
-    }
-    if (s.slot < 0 || s.slot >= kv.layout().num_slots) {
-      return invalid("sequence " + std::to_string(i) + " names slot " + std::to_string(s.slot) +
-                     ", the KV cache has slots 0 to " + std::to_string(kv.layout().num_slots - 1));
-    }
-    const int64_t end = int64_t{s.context_tokens} + s.row_count;
-    const int64_t mapped = kv.mapped_tokens(s.slot);
-    if (end > mapped) {
-      return xf::Error(xf::ErrorCode::kFailedPrecondition,
-                       "ellm_attention: slot " + std::to_string(s.slot) + " is to hold tokens " +
-                           std::to_string(s.context_tokens) + " to " + std::to_string(end) +
-                           " but only " + std::to_string(mapped) +
-                           " tokens are mapped; extend the slot before the step");
-    }
-  }
-  return xf::Error::Success();
+xf::Error from_status(const Status& s) {
+  const bool unmapped = s.code() == Code::kNotMapped;
+  return xf::Error(unmapped ? xf::ErrorCode::kFailedPrecondition : xf::ErrorCode::kInvalidArgument,
+                   "ellm_attention: " + s.message());
 }
 
-xf::Error attention_impl(xf::ThreadPool pool, xf::AnyBuffer q, xf::AnyBuffer k, xf::AnyBuffer v,
-                         xf::Buffer<xf::S32> meta, xf::Buffer<xf::S32> layer_and_window,
-                         xf::Buffer<xf::S32> epoch, xf::Result<xf::AnyBuffer> out,
-                         xf::Result<xf::Buffer<xf::S32>> epoch_out, float scale, float soft_cap) {
+xf::Error attention_impl(xf::ThreadPool pool, int32_t device_ordinal, xf::AnyBuffer q,
+                         xf::AnyBuffer k, xf::AnyBuffer v, xf::Buffer<xf::S32> meta,
+                         xf::Buffer<xf::S32> layer_and_window, xf::Buffer<xf::S32> epoch,
+                         xf::Result<xf::AnyBuffer> out, xf::Result<xf::Buffer<xf::S32>> epoch_out,
+                         float scale, float soft_cap) {
   const auto qd = q.dimensions();
   const auto kd = k.dimensions();
   const auto vd = v.dimensions();
@@ -78,19 +55,18 @@ xf::Error attention_impl(xf::ThreadPool pool, xf::AnyBuffer q, xf::AnyBuffer k, 
       v.element_type() != type || out->element_type() != type) {
     return invalid("q, k, v and the result have to be all float32 or all bfloat16");
   }
-  StepHeader header;
-  if (meta.element_count() < sizeof(header) / sizeof(int32_t) ||
-      layer_and_window.element_count() != 2) {
-    return invalid("metadata is too short");
-  }
-  std::memcpy(&header, meta.typed_data(), sizeof header);
+  const Result<StepView> view = view_step(meta.typed_data(), meta.element_count());
+  if (!view.ok()) return from_status(view.status());
+  const StepView& step = view.value();
+  const StepHeader& header = step.header;
+  if (layer_and_window.element_count() != 2) return invalid("layer and window are two numbers");
   // Unsigned, so that it may wrap around.
   epoch_out->typed_data()[0] =
       static_cast<int32_t>(static_cast<uint32_t>(epoch.typed_data()[0]) + 1u);
 
   const int64_t rows = qd[0];
   const int64_t row_bytes = qd[1] * qd[2] * (type == xf::DataType::F32 ? 4 : 2);
-  if (header.num_rows < 0 || header.num_rows > rows) {
+  if (header.num_rows > rows) {
     return invalid("metadata counts " + std::to_string(header.num_rows) + " rows, q has " +
                    std::to_string(rows));
   }
@@ -98,8 +74,11 @@ xf::Error attention_impl(xf::ThreadPool pool, xf::AnyBuffer q, xf::AnyBuffer k, 
   std::memset(padding, 0, (rows - header.num_rows) * row_bytes);
   if (header.num_sequences == 0) return xf::Error::Success();
 
-  const std::shared_ptr<KvCache> kv = find_kv(header.kv_id);
-  if (!kv) return invalid("no KV cache has id " + std::to_string(header.kv_id));
+  const std::shared_ptr<KvCache> kv = find_kv(header.kv_id, device_ordinal);
+  if (!kv) {
+    return invalid("no KV cache has id " + std::to_string(header.kv_id) + " on device " +
+                   std::to_string(device_ordinal));
+  }
   const KvLayout& layout = kv->layout();
   const int64_t layer = layer_and_window.typed_data()[0];
   AttentionArgs args;
@@ -112,16 +91,10 @@ xf::Error attention_impl(xf::ThreadPool pool, xf::AnyBuffer q, xf::AnyBuffer k, 
                    std::to_string(layout.head_dim) + " elements of " +
                    std::to_string(layout.element_bytes) + " bytes");
   }
-  const int64_t spans_end =
-      header.spans_offset + int64_t{header.num_sequences} * sizeof(SequenceSpan) / sizeof(int32_t);
-  if (header.spans_offset < 0 || spans_end > static_cast<int64_t>(meta.element_count())) {
-    return invalid("metadata ends before its " + std::to_string(header.num_sequences) +
-                   " sequences");
-  }
-  const auto* spans =
-      reinterpret_cast<const SequenceSpan*>(meta.typed_data() + header.spans_offset);
-  if (xf::Error error = check_spans(*kv, spans, header, header.num_rows); error.failure()) {
-    return error;
+  if (const Status s = check_step(*kv, step); !s.ok()) return from_status(s);
+  if (kv->pool()->driver().reach() != Reach::kHost) {
+    return invalid("KV cache " + std::to_string(header.kv_id) +
+                   " is not in host memory; use the attention of its device");
   }
 
   args.q = q.untyped_data();
@@ -139,9 +112,10 @@ xf::Error attention_impl(xf::ThreadPool pool, xf::AnyBuffer q, xf::AnyBuffer k, 
   const ParallelFor run = [&](int64_t units, const std::function<void(int64_t)>& body) {
     parallel(units, body);
   };
-  write_kv(args, k.untyped_data(), v.untyped_data(), spans, header.num_sequences, run);
-  ArenaWorkspace workspaces(find_arena(header.kv_id));
-  attention(kernels(), args, spans, header.num_sequences, parallel.num_threads(), run, &workspaces);
+  write_kv(args, k.untyped_data(), v.untyped_data(), step.spans, header.num_sequences, run);
+  ArenaWorkspace workspaces(find_arena(header.kv_id, device_ordinal));
+  attention(kernels(), args, step.spans, header.num_sequences, parallel.num_threads(), run,
+            &workspaces);
   return xf::Error::Success();
 }
 
@@ -150,6 +124,7 @@ xf::Error attention_impl(xf::ThreadPool pool, xf::AnyBuffer q, xf::AnyBuffer k, 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(attention_handler, attention_impl,
                               xf::Ffi::Bind()
                                   .Ctx<xf::ThreadPool>()
+                                  .Ctx<xf::DeviceOrdinal>()
                                   .Arg<xf::AnyBuffer>()
                                   .Arg<xf::AnyBuffer>()
                                   .Arg<xf::AnyBuffer>()

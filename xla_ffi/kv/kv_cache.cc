@@ -148,6 +148,23 @@ Result<int32_t> KvCache::take_slot(int64_t tokens) {
   return no_slot_left();
 }
 
+Status KvCache::take(int32_t slot_id) {
+  Entry entry(this);
+  if (Status s = entry.status_if_open(); !s.ok()) return s;
+  if (!exists(slot_id)) return check_held(slot_id, "take");
+  Slot& slot = slots_[slot_id];
+  if (slot.held) {
+    return Status(Code::kOutOfMemory, "slot " + std::to_string(slot_id) +
+                                          " was asked for, but it is in use; take another one");
+  }
+  worker_.wait_for(slot_id);
+  if (slot.tensor.state() == TensorState::kBroken) {
+    if (Status s = unmap_dead(&slot, 0); !s.ok()) return of_slot(slot_id, s);
+  }
+  (void)hand_out(&slot);
+  return Status::Ok();
+}
+
 Result<int32_t> KvCache::take_empty_slot() {
   Entry entry(this);
   if (Status s = entry.status_if_open(); !s.ok()) return s;
@@ -286,6 +303,7 @@ Status KvCache::close() {
   closed_ = true;
   worker_.stop();
   if (addresses_released_) return Status::Ok();
+  (void)pool_->driver().synchronize();  // What has failed meanwhile touches nothing any more.
   Status first = Status::Ok();
   for (Slot& slot : slots_) {
     slot.held = false;

@@ -56,6 +56,11 @@ class KvCache {
   // mapped in it, and nothing is mapped here. Errors: kOutOfMemory (no slot left), kInvalid.
   Result<int32_t> take_slot(int64_t tokens);
 
+  // That very slot, with what is mapped in it, after what is pending there: for several caches that
+  // are to give a request the same slot. Errors: kOutOfMemory (it is in use), kBroken (it is broken
+  // and could not be repaired now), kInvalid (there is no such slot).
+  Status take(int32_t slot);
+
   // A slot with nothing mapped, which costs unmapping the smallest available one where none is
   // free. Errors: kOutOfMemory (no slot left), kBroken (unmapping failed), kInvalid.
   Result<int32_t> take_empty_slot();

@@ -14,6 +14,7 @@ constexpr int64_t kUsualChunkBytes = int64_t{2} << 20;
 constexpr int64_t kLargestChunkBytes = int64_t{64} << 20;
 constexpr int64_t kSmallestTileTokens = 16;
 constexpr int64_t kLargestTileTokens = 64;
+constexpr int64_t kLargestForcedTileTokens = 256;
 constexpr int64_t kTileMultiple = 8;
 constexpr int64_t kAddressBytes = int64_t{1} << 47;
 
@@ -94,7 +95,8 @@ Result<KvLayout> KvLayout::Choose(int64_t layers, int64_t kv_heads, int64_t head
   for (int64_t chunk = smallest; chunk <= kLargestChunkBytes; chunk *= 2) {
     if (chunk > std::max(kUsualChunkBytes, smallest) && layout.chunk_bytes != 0) break;
     const int64_t fitting = chunk / token_bytes / kTileMultiple * kTileMultiple;
-    const int64_t tile = std::min(fitting, kLargestTileTokens);
+    const bool forced = chunk == smallest && smallest > kSmallestChunkBytes;
+    const int64_t tile = std::min(fitting, forced ? kLargestForcedTileTokens : kLargestTileTokens);
     if (tile < kSmallestTileTokens) continue;
     // tile / chunk is the used share; both sides stay far below 2^63.
     if (layout.chunk_bytes == 0 || tile * layout.chunk_bytes > layout.tile_tokens * chunk) {

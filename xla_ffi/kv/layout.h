@@ -24,7 +24,8 @@ struct KvLayout {
 
   // Picks chunk and tile: the power-of-two chunk from 64 KiB (or the driver's granularity) to 2 MiB
   // that wastes least with a tile of 16 to 64 tokens, the smaller of equals. Where a token is so
-  // large that 2 MiB holds fewer than 16, larger chunks, up to 64 MiB.
+  // large that 2 MiB holds fewer than 16, larger chunks, up to 64 MiB. Where the granularity leaves
+  // no smaller chunk than one that 64 tokens do not fill, tiles of up to 256.
   // Errors: kInvalid for sizes below 1, element_bytes not 1, 2 or 4, tokens too large for a chunk,
   // or more addresses than a process has (2^47).
   static Result<KvLayout> Choose(int64_t layers, int64_t kv_heads, int64_t head_dim,

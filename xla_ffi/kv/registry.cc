@@ -10,12 +10,24 @@ namespace {
 struct Registration {
   std::weak_ptr<KvCache> cache;
   std::shared_ptr<Arena> arena;
+  std::map<int32_t, int32_t> ids_by_device;  // Of a group; empty for a cache.
 };
 
 struct Registry {
   std::mutex mutex;
   int32_t last_id = 0;
   std::map<int32_t, Registration> caches;
+
+  // With the mutex held. Null if there is none.
+  Registration* find(int32_t id, int32_t device_ordinal) {
+    auto it = caches.find(id);
+    if (it != caches.end() && !it->second.ids_by_device.empty()) {
+      const auto member = it->second.ids_by_device.find(device_ordinal);
+      if (member == it->second.ids_by_device.end()) return nullptr;
+      it = caches.find(member->second);
+    }
+    return it == caches.end() ? nullptr : &it->second;
+  }
 };
 
 // Never destroyed: a handler may still look something up while the process ends.
@@ -29,15 +41,22 @@ Registry& registry() {
 int32_t register_kv(const std::shared_ptr<KvCache>& cache) {
   Registry& r = registry();
   std::lock_guard<std::mutex> lock(r.mutex);
-  r.caches.emplace(++r.last_id, Registration{cache, nullptr});
+  r.caches.emplace(++r.last_id, Registration{cache, nullptr, {}});
   return r.last_id;
 }
 
-std::shared_ptr<KvCache> find_kv(int32_t id) {
+int32_t register_kv_group(std::map<int32_t, int32_t> ids_by_device) {
   Registry& r = registry();
   std::lock_guard<std::mutex> lock(r.mutex);
-  const auto it = r.caches.find(id);
-  return it == r.caches.end() ? nullptr : it->second.cache.lock();
+  r.caches.emplace(++r.last_id, Registration{{}, nullptr, std::move(ids_by_device)});
+  return r.last_id;
+}
+
+std::shared_ptr<KvCache> find_kv(int32_t id, int32_t device_ordinal) {
+  Registry& r = registry();
+  std::lock_guard<std::mutex> lock(r.mutex);
+  const Registration* found = r.find(id, device_ordinal);
+  return found == nullptr ? nullptr : found->cache.lock();
 }
 
 void use_arena(int32_t id, std::shared_ptr<Arena> arena) {
@@ -47,11 +66,11 @@ void use_arena(int32_t id, std::shared_ptr<Arena> arena) {
   if (it != r.caches.end()) it->second.arena.swap(arena);
 }
 
-std::shared_ptr<Arena> find_arena(int32_t id) {
+std::shared_ptr<Arena> find_arena(int32_t id, int32_t device_ordinal) {
   Registry& r = registry();
   std::lock_guard<std::mutex> lock(r.mutex);
-  const auto it = r.caches.find(id);
-  return it == r.caches.end() ? nullptr : it->second.arena;
+  const Registration* found = r.find(id, device_ordinal);
+  return found == nullptr ? nullptr : found->arena;
 }
 
 void unregister_kv(int32_t id) {

@@ -1,7 +1,6 @@
 #include "memory/chunk_pool.h"
 
 #include <algorithm>
-#include <chrono>
 #include <numeric>
 #include <utility>
 
@@ -18,12 +17,6 @@ size_t at(Owner owner) { return static_cast<size_t>(owner); }
 bool owns_chunks(Owner owner) {
   return owner == Owner::kKv || owner == Owner::kCache || owner == Owner::kActivation ||
          owner == Owner::kWorkspace;
-}
-
-uint64_t ns_since(std::chrono::steady_clock::time_point start) {
-  return static_cast<uint64_t>(
-      std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start)
-          .count());
 }
 
 }  // namespace
@@ -53,7 +46,10 @@ Result<std::shared_ptr<ChunkPool>> ChunkPool::Create(std::shared_ptr<Driver> dri
 ChunkPool::ChunkPool(std::shared_ptr<Driver> driver, size_t chunk_bytes, size_t limit_bytes)
     : driver_(std::move(driver)), chunk_bytes_(chunk_bytes), limit_(limit_bytes) {}
 
-ChunkPool::~ChunkPool() { (void)trim(0); }
+ChunkPool::~ChunkPool() {
+  back_ahead(0);
+  (void)trim(0);
+}
 
 ChunkId ChunkPool::own(uint32_t index, Owner owner) {
   Chunk& chunk = chunks_[index];
@@ -63,39 +59,12 @@ ChunkId ChunkPool::own(uint32_t index, Owner owner) {
   return ChunkId{chunk.generation} << 32 | index;
 }
 
-uint32_t ChunkPool::add_chunk(Handle handle) {
-  uint32_t index;
-  if (vacant_.empty()) {
-    index = static_cast<uint32_t>(chunks_.size());
-    chunks_.emplace_back();
-  } else {
-    index = vacant_.back();
-    vacant_.pop_back();
-  }
-  chunks_[index].handle = handle;
-  return index;
-}
-
-std::vector<Handle> ChunkPool::take_backed_for_destruction(size_t n) {
-  std::vector<Handle> handles;
-  handles.reserve(n);
-  while (handles.size() < n) {
-    const auto highest = std::prev(backed_.end());
-    handles.push_back(highest->first);
-    chunks_[highest->second].handle = 0;
-    vacant_.push_back(highest->second);
-    backed_.erase(highest);
-  }
-  destroying_bytes_ += n * chunk_bytes_;
-  return handles;
-}
-
 size_t ChunkPool::claimed() const {
   return std::accumulate(owned_.begin(), owned_.end(), size_t{0});
 }
 
 size_t ChunkPool::physical() const {
-  return claimed() + backed_.size() * chunk_bytes_ + destroying_bytes_;
+  return claimed() + backed_.size() * chunk_bytes_ + destroying_bytes_ + making_bytes_;
 }
 
 void ChunkPool::add(Owner owner, size_t bytes) {
@@ -125,44 +94,6 @@ Status ChunkPool::out_of_memory(const std::string& asked) const {
   return Status(Code::kOutOfMemory, std::move(message));
 }
 
-Status ChunkPool::create_handles(size_t n, std::vector<Handle>* out) {
-  Status failure = Status::Ok();
-  const auto start = std::chrono::steady_clock::now();
-  uint64_t calls = 0;
-  while (failure.ok() && calls < n) {
-    Handle handle = 0;
-    failure = driver_->create(chunk_bytes_, &handle);
-    if (failure.ok()) out->push_back(handle);
-    ++calls;
-  }
-  std::lock_guard<std::mutex> lock(mutex_);
-  create_calls_ += calls;
-  create_ns_ += ns_since(start);
-  return failure;
-}
-
-Status ChunkPool::destroy_handles(const std::vector<Handle>& handles, size_t* destroyed) {
-  Status failure = Status::Ok();
-  std::vector<Handle> kept;
-  const auto start = std::chrono::steady_clock::now();
-  for (const Handle handle : handles) {
-    Status s = driver_->destroy(handle, chunk_bytes_);
-    if (s.ok()) continue;
-    kept.push_back(handle);
-    if (failure.ok()) failure = Status(Code::kDriver, s.message());
-  }
-  *destroyed = (handles.size() - kept.size()) * chunk_bytes_;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    destroy_calls_ += handles.size();
-    destroy_ns_ += ns_since(start);
-    destroying_bytes_ -= handles.size() * chunk_bytes_;
-    for (const Handle handle : kept) backed_.emplace(handle, add_chunk(handle));
-  }
-  changed_.notify_all();
-  return failure;
-}
-
 Claim ChunkPool::take(Owner owner, size_t n) {
   Claim claim{owner, n, {}};
   claim.backed.reserve(std::min(n, backed_.size()));
@@ -172,6 +103,10 @@ Claim ChunkPool::take(Owner owner, size_t n) {
   }
   add(owner, n * chunk_bytes_);
   note_physical();
+  if (n > 0 && backed_.size() < chunks_ahead_) {
+    backing_ = true;
+    backing_wanted_.notify_one();
+  }
   return claim;
 }
 
@@ -284,18 +219,6 @@ Status ChunkPool::return_bytes(Owner owner, size_t bytes) {
   plain_[at(owner)] -= bytes;
   subtract(owner, bytes);
   return Status::Ok();
-}
-
-Result<size_t> ChunkPool::trim(size_t keep_backed_bytes) {
-  std::vector<Handle> handles;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    const size_t keep = std::min(backed_.size(), keep_backed_bytes / chunk_bytes_);
-    handles = take_backed_for_destruction(backed_.size() - keep);
-  }
-  size_t destroyed;
-  if (Status s = destroy_handles(handles, &destroyed); !s.ok()) return s;
-  return destroyed;
 }
 
 Status ChunkPool::set_limit(size_t limit_bytes) {

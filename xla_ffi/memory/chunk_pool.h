@@ -10,6 +10,7 @@
 #include <mutex>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <vector>
 
 #include "memory/driver.h"
@@ -107,6 +108,13 @@ class ChunkPool {
   Result<size_t> uncache(const std::vector<ChunkId>& ids);
   Result<Handle> handle(ChunkId id) const;
 
+  // From now on up to `bytes` of free memory are backed ahead, by a thread of the pool's own, so
+  // that acquire finds memory made. What is made ahead counts as backed free from before the driver
+  // is asked, so that the limit holds. The thread starts at once and whenever chunks were taken; it
+  // rests when that much is backed, nothing more fits, the system refused, or backed memory was
+  // handed back for some reason. 0 ends it.
+  void back_ahead(size_t bytes);
+
   // Memory is about to come back: until the matching return_settled(), whoever is short waits
   // before it is refused. The caller needs nothing of this pool to get that far.
   void expect_return();
@@ -158,13 +166,16 @@ class ChunkPool {
   uint32_t add_chunk(Handle handle);
   std::vector<Handle> take_backed_for_destruction(size_t n);
   size_t claimed() const;   // All owners and kAvailable.
-  size_t physical() const;  // claimed, backed free chunks, and what is being destroyed.
+  size_t physical() const;  // claimed, backed free chunks, what is being destroyed or made ahead.
   void add(Owner owner, size_t bytes);
   void subtract(Owner owner, size_t bytes);
   void note_physical();
   Status out_of_memory(const std::string& asked) const;
 
+  bool may_back_one() const;
+
   // The functions below are called without the lock.
+  void back_on_demand();  // The thread.
   Status create_handles(size_t n, std::vector<Handle>* out);
   // Destroys handles that are counted in destroying_bytes_. Goes on after a failure, keeps what did
   // not go as backed free chunks, and reports the first error.
@@ -174,7 +185,8 @@ class ChunkPool {
   const size_t chunk_bytes_;
 
   mutable std::mutex mutex_;
-  std::condition_variable changed_;  // destroying_bytes_ or expected_returns_ has fallen.
+  // destroying_bytes_, making_bytes_ or expected_returns_ has fallen.
+  std::condition_variable changed_;
   size_t limit_;
   std::array<size_t, kOwnerCount> owned_{};  // Chunks and plain bytes.
   std::array<size_t, kOwnerCount> plain_{};  // The plain bytes among them.
@@ -182,13 +194,20 @@ class ChunkPool {
   size_t peak_used_ = 0;
   size_t peak_physical_ = 0;
   size_t destroying_bytes_ = 0;
+  size_t making_bytes_ = 0;  // What back_on_demand() is about to add to backed_.
   size_t expected_returns_ = 0;
+  size_t chunks_ahead_ = 0;  // To be backed ahead.
+  bool backing_ = false;     // Until that is so, or cannot be.
+  bool stopping_ = false;
+  std::condition_variable backing_wanted_;
   std::vector<Chunk> chunks_;
   std::vector<uint32_t> vacant_;
   // Backed free chunks by handle: the lowest are handed out first, the highest destroyed first, so
   // that chunks given out together tend to be neighbours.
   std::map<Handle, uint32_t> backed_;
   uint64_t create_calls_ = 0, create_ns_ = 0, destroy_calls_ = 0, destroy_ns_ = 0;
+  std::mutex backer_mutex_;  // Guards the thread's start and end.
+  std::thread backer_;       // Last: it uses what stands above.
 };
 
 }  // namespace ellm

@@ -1,14 +1,27 @@
 #include "memory/copy_engine.h"
 
+#include <algorithm>
 #include <chrono>
 #include <string>
 #include <utility>
 
-#include "memory/stream_copy.h"
-
 namespace ellm {
+namespace {
 
-Copier::Copier() : thread_([this] { serve(); }) {}
+bool intersect(const std::vector<BlockId>& a, const std::vector<BlockId>& b) {
+  auto i = a.begin(), j = b.begin();
+  while (i != a.end() && j != b.end() && *i != *j) ++(*i < *j ? i : j);
+  return i != a.end() && j != b.end();
+}
+
+}  // namespace
+
+Copier::Copier(std::unique_ptr<CopyLink> link) : link_(std::move(link)) {
+  const size_t lanes = link_->duplex() ? 2 : 1;
+  for (size_t i = 0; i < lanes; ++i) {
+    lanes_[i].thread = std::thread([this, i] { serve(&lanes_[i]); });
+  }
+}
 
 Copier::~Copier() { close(); }
 
@@ -19,28 +32,44 @@ void Copier::close() {
   }
   changed_.notify_all();
   std::lock_guard<std::mutex> closing(close_mutex_);
-  if (thread_.joinable()) thread_.join();
+  for (Lane& lane : lanes_) {
+    if (lane.thread.joinable()) lane.thread.join();
+  }
+}
+
+Ticket Copier::last_conflict(const Open& with) const {
+  for (auto it = open_.rbegin(); it != open_.rend(); ++it) {
+    const Open& other = it->second;
+    if (other.lane != with.lane && other.buffer == with.buffer &&
+        intersect(other.blocks, with.blocks)) {
+      return it->first;
+    }
+  }
+  return 0;
 }
 
 Result<Ticket> Copier::submit(CopyDirection direction, ChunkAddress chunk,
                               std::shared_ptr<HostBuffer> buffer, std::vector<BlockId> blocks) {
   auto addresses = buffer->pin(blocks);
   if (!addresses.ok()) return addresses.status();
+  Open open{link_->duplex() ? static_cast<size_t>(direction) : 0, buffer.get(), blocks};
+  std::sort(open.blocks.begin(), open.blocks.end());
   std::unique_lock<std::mutex> lock(mutex_);
   if (closed_) {
     buffer->unpin(blocks);
     return Status(Code::kInvalid, "the copier is closed; make a new one");
   }
-  queue_.push_back({direction, std::move(chunk), std::move(buffer), std::move(blocks),
-                    std::move(addresses.value())});
   const Ticket ticket = ++last_ticket_;
+  lanes_[open.lane].queue.push_back({ticket, last_conflict(open), direction, std::move(chunk),
+                                     std::move(buffer), std::move(blocks),
+                                     std::move(addresses.value())});
+  open_.emplace(ticket, std::move(open));
   lock.unlock();
   changed_.notify_all();
   return ticket;
 }
 
-Status Copier::carry_out(const Copy& copy, size_t* copied_bytes) {
-  const size_t bytes = copy.buffer->block_bytes();
+Status Copier::begin_all(const Copy& copy, size_t* begun) {
   for (size_t i = 0; i < copy.addresses.size(); ++i) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -52,23 +81,30 @@ Status Copier::carry_out(const Copy& copy, size_t* copied_bytes) {
     }
     Result<std::byte*> chunk = copy.chunk(i);
     if (!chunk.ok()) return Status(Code::kDriver, chunk.status().message());
-    if (copy.direction == CopyDirection::kOffload) {
-      stream_copy(copy.addresses[i], chunk.value(), bytes);
-    } else {
-      stream_copy(chunk.value(), copy.addresses[i], bytes);
-    }
-    *copied_bytes += bytes;
+    Status s =
+        link_->begin(copy.direction, chunk.value(), copy.addresses[i], copy.buffer->block_bytes());
+    if (!s.ok()) return s;
+    ++*begun;
   }
   return Status::Ok();
 }
 
-void Copier::serve() {
+Status Copier::carry_out(const Copy& copy, size_t* copied_bytes) {
+  size_t begun = 0;
+  Status s = begin_all(copy, &begun);
+  Status over = link_->finish(copy.direction);
+  if (over.ok()) *copied_bytes = begun * copy.buffer->block_bytes();
+  return s.ok() ? over : s;
+}
+
+void Copier::serve(Lane* lane) {
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
-    changed_.wait(lock, [this] { return closed_ || !queue_.empty(); });
-    if (queue_.empty()) return;
-    Copy copy = std::move(queue_.front());
-    queue_.pop_front();
+    changed_.wait(lock, [&] { return closed_ || !lane->queue.empty(); });
+    if (lane->queue.empty()) return;
+    Copy copy = std::move(lane->queue.front());
+    lane->queue.pop_front();
+    changed_.wait(lock, [&] { return !is_open(copy.after); });
     lock.unlock();
 
     size_t bytes = 0;
@@ -76,6 +112,7 @@ void Copier::serve() {
     Status s = carry_out(copy, &bytes);
     const auto spent = std::chrono::steady_clock::now() - start;
     copy.buffer->unpin(copy.blocks);
+    const Ticket ticket = copy.ticket;
     const auto direction = static_cast<size_t>(copy.direction);
     copy = Copy{};  // Whoever waits finds nothing of it held any more.
 
@@ -84,11 +121,11 @@ void Copier::serve() {
     total.bytes += bytes;
     total.ns +=
         static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(spent).count());
-    ++last_done_;
+    open_.erase(ticket);
     if (s.ok()) {
       ++total.calls;
     } else {
-      failures_.emplace(last_done_, std::move(s));
+      failures_.emplace(ticket, std::move(s));
     }
     changed_.notify_all();
   }
@@ -103,13 +140,13 @@ Status Copier::check(Ticket ticket) const {
 Result<bool> Copier::done(Ticket ticket) const {
   std::lock_guard<std::mutex> lock(mutex_);
   if (Status s = check(ticket); !s.ok()) return s;
-  return ticket <= last_done_;
+  return !is_open(ticket);
 }
 
 Status Copier::wait(Ticket ticket) const {
   std::unique_lock<std::mutex> lock(mutex_);
   if (Status s = check(ticket); !s.ok()) return s;
-  changed_.wait(lock, [&] { return ticket <= last_done_; });
+  changed_.wait(lock, [&] { return !is_open(ticket); });
   const auto failure = failures_.find(ticket);
   return failure == failures_.end() ? Status::Ok() : failure->second;
 }

@@ -1,4 +1,4 @@
-// Copies between mapped chunks and host blocks on a thread of its own.
+// Copies between mapped chunks and host blocks on threads of its own.
 #pragma once
 
 #include <array>
@@ -13,15 +13,14 @@
 #include <thread>
 #include <vector>
 
+#include "memory/copy_link.h"
 #include "memory/host_buffer.h"
 #include "memory/status.h"
 
 namespace ellm {
 
-enum class CopyDirection : uint8_t { kOffload, kFetch };  // Chunks to blocks, blocks to chunks.
-
 // The address of the i-th chunk of a copy, of block_bytes() bytes, or why there is none (any more).
-// Called on the copier's thread just before that chunk is touched.
+// Called on a thread of the copier just before that chunk is touched.
 using ChunkAddress = std::function<Result<std::byte*>(size_t i)>;
 
 // Counts from 1 in the order of submission.
@@ -34,12 +33,13 @@ struct CopyStats {
   Direction offload, fetch;
 };
 
-// Thread-safe. Copies are done one after the other, in the order of submission. Until a copy is
-// done its blocks stay pinned and the caller keeps its chunks mapped, and unchanged (offload) or
-// untouched (fetch).
+// Thread-safe. Copies are done one after the other, in the order of submission. Where the link is
+// duplex each direction has a thread, and that holds for copies in one direction and for those that
+// share a block; others may overtake. Until a copy is done its blocks stay pinned and the caller
+// keeps its chunks mapped, and unchanged (offload) or untouched (fetch).
 class Copier {
  public:
-  Copier();
+  explicit Copier(std::unique_ptr<CopyLink> link = host_link());
   ~Copier();  // As close().
   Copier(const Copier&) = delete;
   Copier& operator=(const Copier&) = delete;
@@ -51,42 +51,60 @@ class Copier {
 
   // Whether the copy is over, well or not. Errors: kInvalid for a ticket that was not given out.
   Result<bool> done(Ticket ticket) const;
-  // Waits until it is. Errors: kInvalid as above; kDriver where a chunk had no address, or the
-  // copier was closed first: some of the chunks or blocks may have been copied.
+  // Waits until it is. Errors: kInvalid as above; kDriver where a chunk had no address, the device
+  // failed, or the copier was closed first: some of the chunks or blocks may have been copied.
   Status wait(Ticket ticket) const;
 
   CopyStats stats() const;
 
-  // What is under way ends after the current chunk, what waits is not begun: both have failed.
-  // Returns when the thread has ended; may be repeated.
+  // What is under way ends after the chunks that were begun, what waits is not begun: both have
+  // failed. Returns when the threads have ended; may be repeated.
   void close();
 
  private:
   struct Copy {
+    Ticket ticket;
+    Ticket after;  // Not to be begun before that one is over; 0: none.
     CopyDirection direction;
     ChunkAddress chunk;
     std::shared_ptr<HostBuffer> buffer;
     std::vector<BlockId> blocks;
     std::vector<std::byte*> addresses;
   };
-
-  void serve();
-  Status carry_out(const Copy& copy, size_t* copied_bytes);
-  Status check(Ticket ticket) const;  // With the lock held.
-
-  mutable std::mutex mutex_;
-  mutable std::condition_variable changed_;
-  std::deque<Copy> queue_;
-  Ticket last_ticket_ = 0;
-  Ticket last_done_ = 0;
-  std::map<Ticket, Status> failures_;
+  // A copy that is not over.
+  struct Open {
+    size_t lane;
+    const HostBuffer* buffer;
+    std::vector<BlockId> blocks;  // Sorted.
+  };
+  struct Lane {
+    std::deque<Copy> queue;
+    std::thread thread;
+  };
   struct Direction {
     uint64_t bytes = 0, ns = 0, calls = 0;
   };
+
+  void serve(Lane* lane);
+  Status carry_out(const Copy& copy, size_t* copied_bytes);
+  // Begins to copy chunk after chunk; stops at the first that cannot be.
+  Status begin_all(const Copy& copy, size_t* begun);
+  // The functions below are called with the lock held.
+  Status check(Ticket ticket) const;
+  bool is_open(Ticket ticket) const { return open_.count(ticket) != 0; }
+  // The last copy in another lane that has a block in common; 0: none.
+  Ticket last_conflict(const Open& with) const;
+
+  const std::unique_ptr<CopyLink> link_;
+  mutable std::mutex mutex_;
+  mutable std::condition_variable changed_;
+  Ticket last_ticket_ = 0;
+  std::map<Ticket, Open> open_;
+  std::map<Ticket, Status> failures_;
   std::array<Direction, 2> totals_;
   bool closed_ = false;
-  std::mutex close_mutex_;  // Two threads may close at once.
-  std::thread thread_;      // Last: it uses what stands above.
+  std::mutex close_mutex_;     // Two threads may close at once.
+  std::array<Lane, 2> lanes_;  // Last: their threads use what stands above. By direction.
 };
 
 }  // namespace ellm

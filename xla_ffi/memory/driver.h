@@ -12,6 +12,9 @@ namespace ellm {
 // are likely to be neighbours, which some drivers map more cheaply.
 using Handle = uint64_t;
 
+// Who can read and write what is mapped.
+enum class Reach : uint8_t { kNobody, kHost, kDevice };
+
 // Thread-safe. Every call may fail; unless it says kBroken, a failed call changed nothing.
 // All addresses and sizes are multiples of granularity_bytes().
 class Driver {
@@ -19,6 +22,7 @@ class Driver {
   virtual ~Driver() = default;
 
   virtual size_t granularity_bytes() const = 0;
+  virtual Reach reach() const { return Reach::kHost; }
 
   // Takes `bytes` of addresses, with no memory behind them. `alignment` is a power of two.
   virtual Status reserve(size_t bytes, size_t alignment, std::byte** base) = 0;
@@ -34,10 +38,15 @@ class Driver {
   // nothing is mapped. A handle may be mapped at several addresses. All or nothing: after a
   // failure half-way, what was mapped is unmapped again, and kBroken says that this failed too.
   virtual Status map(std::byte* at, const Handle* handles, size_t n, size_t chunk_bytes) = 0;
-  // Unmaps [at, at + bytes), which stays reserved; any access to it faults from then on. After a
+  // Unmaps [at, at + bytes), which stays reserved; any access to it faults from then on. It begins
+  // and ends where map() put a chunk's begin or end, and nothing touches it any more. After a
   // failure (its own, or kBroken from map) some of the range may be mapped and some not: calling it
   // again over such a range is allowed and unmaps what is left.
   virtual Status unmap(std::byte* at, size_t bytes) = 0;
+
+  // Waits until nothing that was started before touches mapped memory any more: for whoever cannot
+  // know it otherwise. Errors: kDriver, where some of what was started has failed.
+  virtual Status synchronize() { return Status::Ok(); }
 };
 
 }  // namespace ellm

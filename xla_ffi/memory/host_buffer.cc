@@ -143,6 +143,18 @@ Status HostBuffer::take(size_t n, std::vector<BlockId>* out) {
   }
 }
 
+Status HostBuffer::prepare(size_t bytes) {
+  for (;;) {
+    std::lock_guard<std::mutex> work(work_mutex_);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      const size_t wanted = std::min(bytes, limit_) / block_bytes_;
+      if (in_[kTaken].size() + in_[kIdle].size() >= wanted) return Status::Ok();
+    }
+    if (Status s = back_one(); !s.ok()) return s;
+  }
+}
+
 Status HostBuffer::check_taken(const std::vector<BlockId>& blocks, const char* verb) const {
   for (const BlockId id : blocks) {
     if (id < blocks_.size() && blocks_[id].state == kTaken) continue;

@@ -42,6 +42,9 @@ class HostBuffer {
   // Appends `n` blocks to `out`; all or nothing. Their contents are undefined. Errors:
   // kOutOfMemory, kDriver, kBroken: nobody's blocks change, but some may be backed by then.
   Status take(size_t n, std::vector<BlockId>* out);
+  // Makes memory for blocks until as many as `bytes` (or the limit) hold have some, so that take()
+  // need not; block by block, so that others get in between. Errors: kDriver, kBroken.
+  Status prepare(size_t bytes);
   // Errors: kInvalid, and nothing changes, where a block is nobody's, named twice, or pinned.
   Status give_back(const std::vector<BlockId>& blocks);
 

@@ -19,6 +19,7 @@ namespace ellm {
 class SimDriver : public Driver {
  public:
   size_t granularity_bytes() const override { return 4096; }
+  Reach reach() const override { return Reach::kNobody; }
   Status reserve(size_t bytes, size_t alignment, std::byte** base) override;
   Status release(std::byte* base, size_t bytes) override;
   Status create(size_t bytes, Handle* handle) override;

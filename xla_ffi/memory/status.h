@@ -13,6 +13,7 @@ enum class Code {
   kOutOfMemory,  // A limit stands in the way; nothing changed, waiting or freeing helps.
   kDriver,       // The system refused; what had been done was undone.
   kBroken,       // The system refused, and undoing it failed too: some memory is in doubt.
+  kNotMapped,    // What is to be touched has no memory; nothing was touched.
 };
 
 // A code and, unless it is kOk, a message: what was asked, what there is, one remedy.

@@ -25,6 +25,11 @@ inline std::vector<Test>& tests() {
   static std::vector<Test> all;
   return all;
 }
+// Called after each test, which they may fail.
+inline std::vector<void (*)()>& after_each() {
+  static std::vector<void (*)()> all;
+  return all;
+}
 inline std::atomic<int> failures{0};
 inline uint64_t seed = 20250611;  // Of every random choice in a test; printed with a failure.
 
@@ -75,6 +80,7 @@ inline int run(int argc, char** argv) {
       test.body();
     } catch (const Abandon&) {
     }
+    for (void (*const hook)() : after_each()) hook();
     ++ran;
     std::printf("%s %s\n", failures == before ? "ok  " : "FAIL", test.name);
   }

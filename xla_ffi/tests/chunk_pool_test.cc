@@ -40,13 +40,13 @@ TEST(owners_have_names) {
 
 TEST(chunk_sizes_that_cannot_be_are_refused) {
   for (const size_t bytes : {size_t{0}, size_t{100}, 3 * page_bytes(), page_bytes() / 2}) {
-    CHECK_EQ(ChunkPool::Create(host_driver(), bytes, 1 << 20).status().code(), Code::kInvalid);
+    CHECK_EQ(ChunkPool::Create(memory_driver(), bytes, 1 << 20).status().code(), Code::kInvalid);
   }
 }
 
 TEST(acquire_is_all_or_nothing_and_says_why) {
   const size_t c = page_bytes();
-  const auto pool = make_pool(host_driver(), 4 * c + 100);
+  const auto pool = make_pool(memory_driver(), 4 * c + 100);
   std::vector<ChunkId> ids;
   CHECK_EQ(pool->acquire(Owner::kKv, 5, &ids).code(), Code::kOutOfMemory);
   CHECK(ids.empty());
@@ -65,7 +65,7 @@ TEST(acquire_is_all_or_nothing_and_says_why) {
 }
 
 TEST(the_last_reference_frees_and_stale_ids_are_refused) {
-  const auto pool = make_pool(host_driver(), 4 * page_bytes());
+  const auto pool = make_pool(memory_driver(), 4 * page_bytes());
   std::vector<ChunkId> ids;
   REQUIRE_OK(pool->acquire(Owner::kKv, 1, &ids));
   const ChunkId id = ids[0];
@@ -111,7 +111,7 @@ TEST(backed_memory_makes_way_for_plain_bytes) {
 }
 
 TEST(plain_bytes_and_chunks_of_one_owner_are_not_confused) {
-  const auto pool = make_pool(host_driver(), 4 * page_bytes());
+  const auto pool = make_pool(memory_driver(), 4 * page_bytes());
   std::vector<ChunkId> ids;
   REQUIRE_OK(pool->acquire(Owner::kWorkspace, 1, &ids));
   REQUIRE_OK(pool->reserve_bytes(Owner::kWorkspace, 10));
@@ -124,7 +124,7 @@ TEST(plain_bytes_and_chunks_of_one_owner_are_not_confused) {
 
 TEST(available_chunks_are_free_but_cannot_be_had) {
   const size_t c = page_bytes();
-  const auto pool = make_pool(host_driver(), 4 * c);
+  const auto pool = make_pool(memory_driver(), 4 * c);
   std::vector<ChunkId> ids;
   REQUIRE_OK(pool->acquire(Owner::kKv, 3, &ids));
   CHECK_EQ(pool->retire(ids).leading, ids.size());
@@ -145,7 +145,7 @@ TEST(available_chunks_are_free_but_cannot_be_had) {
 
 TEST(a_chunk_is_counted_once_and_belongs_to_whoever_uses_it) {
   const size_t c = page_bytes();
-  const auto pool = make_pool(host_driver(), 4 * c);
+  const auto pool = make_pool(memory_driver(), 4 * c);
   std::vector<ChunkId> ids;
   REQUIRE_OK(pool->acquire(Owner::kKv, 3, &ids));
   const std::vector<ChunkId> two = {ids[0], ids[1]};
@@ -177,7 +177,7 @@ TEST(a_chunk_is_counted_once_and_belongs_to_whoever_uses_it) {
 
 TEST(caching_is_all_or_nothing) {
   const size_t c = page_bytes();
-  const auto pool = make_pool(host_driver(), 8 * c);
+  const auto pool = make_pool(memory_driver(), 8 * c);
   std::vector<ChunkId> ids;
   REQUIRE_OK(pool->acquire(Owner::kKv, 3, &ids));
   REQUIRE_OK(pool->acquire(Owner::kWorkspace, 1, &ids));
@@ -254,7 +254,7 @@ TEST(trim_keeps_what_it_is_told) {
 
 TEST(peaks_are_kept_until_reset) {
   const size_t c = page_bytes();
-  const auto pool = make_pool(host_driver(), 8 * c);
+  const auto pool = make_pool(memory_driver(), 8 * c);
   std::vector<ChunkId> ids;
   REQUIRE_OK(pool->acquire(Owner::kKv, 5, &ids));
   REQUIRE_OK(pool->reserve_bytes(Owner::kActivation, 100));

@@ -23,7 +23,7 @@ constexpr auto kOffload = CopyDirection::kOffload;
 constexpr auto kFetch = CopyDirection::kFetch;
 
 std::shared_ptr<HostBuffer> make_buffer(size_t blocks) {
-  auto buffer = HostBuffer::Create(host_driver(), page_bytes(), blocks * page_bytes());
+  auto buffer = HostBuffer::Create(block_driver(), page_bytes(), blocks * page_bytes());
   REQUIRE_OK(buffer.status());
   return buffer.value();
 }
@@ -37,7 +37,7 @@ std::vector<BlockId> take(HostBuffer& buffer, size_t n) {
 // A cache with one slot in which `tiles` tiles are mapped.
 struct Slot {
   explicit Slot(size_t tiles)
-      : cache(make_cache(make_pool(host_driver(), 64 * page_bytes()), page_layout(3, 128))),
+      : cache(make_cache(make_pool(memory_driver(), 64 * page_bytes()), page_layout(3, 128))),
         slot(cache->take_slot(0).value()),
         base(cache->slot_base(slot)) {
     CHECK_OK(extend(*cache, {slot}, {static_cast<int64_t>(tiles) * 8}));
@@ -76,7 +76,7 @@ TEST(tiles_come_back_as_they_went_whatever_the_blocks) {
   std::vector<std::byte> before(10 * c);
   fill(kv.base, 10 * c, check::seed);
   std::memcpy(before.data(), kv.base, 10 * c);
-  Copier copier;
+  Copier copier(copy_link());
   const auto out = copy_slot(&copier, kOffload, kv.cache, kv.slot, 3, buffer, blocks);
   REQUIRE_OK(out.status());
   CHECK_OK(copier.wait(out.value()));
@@ -134,7 +134,7 @@ TEST(copies_wait_their_turn_and_pin_their_blocks) {
   std::memset(kv.base, 1, page_bytes());
   std::memset(kv.base + page_bytes(), 2, page_bytes());
   Gate gate;
-  Copier copier;
+  Copier copier(copy_link());
   const Ticket first = copier.submit(kOffload, gate.before(kv.base), buffer, blocks).value();
   gate.await_visitor();
   // The block is read after it was written: the result shows the order.
@@ -156,7 +156,7 @@ TEST(what_cannot_be_is_refused_at_once) {
   Slot kv(4);
   const auto buffer = make_buffer(8);
   const std::vector<BlockId> blocks = take(*buffer, 4);
-  Copier copier;
+  Copier copier(copy_link());
   const auto code = [&](int32_t slot, int64_t tile, const std::vector<BlockId>& ids) {
     return copy_slot(&copier, kOffload, kv.cache, slot, tile, buffer, ids).status().code();
   };
@@ -165,7 +165,7 @@ TEST(what_cannot_be_is_refused_at_once) {
   CHECK_EQ(code(kv.slot, -1, blocks), Code::kInvalid);
   CHECK_EQ(code(kv.slot, 13, blocks), Code::kInvalid);  // A slot has 16 tiles.
   CHECK_EQ(code(kv.slot, 0, {7}), Code::kInvalid);
-  const auto large = HostBuffer::Create(host_driver(), 2 * page_bytes(), 1 << 20).value();
+  const auto large = HostBuffer::Create(block_driver(), 2 * page_bytes(), 1 << 20).value();
   CHECK_EQ(
       copy_slot(&copier, kOffload, kv.cache, kv.slot, 0, large, take(*large, 1)).status().code(),
       Code::kInvalid);
@@ -179,7 +179,7 @@ TEST(tiles_that_are_not_mapped_are_an_error_and_no_crash) {
   Slot kv(3);
   const auto buffer = make_buffer(4);
   const std::vector<BlockId> blocks = take(*buffer, 4);
-  Copier copier;
+  Copier copier(copy_link());
   const Ticket too_far = copy_slot(&copier, kOffload, kv.cache, kv.slot, 0, buffer, blocks).value();
   const Status s = copier.wait(too_far);
   CHECK_EQ(s.code(), Code::kDriver);
@@ -199,7 +199,7 @@ TEST(what_is_under_way_holds_the_cache_and_the_buffer) {
   auto buffer = make_buffer(1);
   const std::vector<BlockId> blocks = take(*buffer, 1);
   Gate gate;
-  Copier copier;
+  Copier copier(copy_link());
   (void)copier.submit(kOffload, gate.before(kv.base), buffer, blocks).value();
   const Ticket last = copy_slot(&copier, kOffload, kv.cache, kv.slot, 0, buffer, blocks).value();
   const std::weak_ptr<HostBuffer> watched = buffer;
@@ -217,7 +217,7 @@ TEST(closing_fails_what_is_not_done) {
   const auto buffer = make_buffer(2);
   const std::vector<BlockId> blocks = take(*buffer, 2);
   Gate gate;
-  Copier copier;
+  Copier copier(copy_link());
   const Ticket first = copier.submit(kOffload, gate.before(kv.base), buffer, blocks).value();
   const Ticket second = copy_slot(&copier, kOffload, kv.cache, kv.slot, 0, buffer, blocks).value();
   gate.await_visitor();
@@ -241,7 +241,7 @@ TEST(threads_share_a_copier) {
   const auto buffer = make_buffer(4 * kThreads);
   std::vector<Slot> slots;
   for (int i = 0; i < kThreads; ++i) slots.emplace_back(4);
-  Copier copier;
+  Copier copier(copy_link());
   std::vector<std::thread> threads;
   for (int i = 0; i < kThreads; ++i) {
     threads.emplace_back([&, i] {

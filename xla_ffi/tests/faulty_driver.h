@@ -1,7 +1,6 @@
 // A driver that fails on command and keeps the books on the one below it.
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
@@ -12,31 +11,36 @@
 #include <utility>
 #include <vector>
 
+#include "faults.h"
 #include "memory/driver.h"
 
 namespace ellm {
 
-// Counts every call from 1 and lets a chosen run of them fail. Its shadow of ranges, handles and
+// Counts every call from 1 and lets a chosen run of them fail: map and unmap may be half done, and
+// map then says kBroken. Or, given a plan of somebody below the driver, lets calls there fail
+// instead, and counts those. Its shadow of ranges, handles and
 // mappings notices broken rules, which a real driver may let pass, and what is left at the end.
 // Thread-safe; its lock is not held across calls of the driver below.
 class FaultyDriver : public Driver {
  public:
-  enum class Fault {
-    kClean,     // The call does nothing.
-    kHalfDone,  // map and unmap do a part of their work, map then says kBroken; others do nothing.
-  };
+  using Fault = ellm::Fault;
 
-  explicit FaultyDriver(std::shared_ptr<Driver> driver) : driver_(std::move(driver)) {}
+  explicit FaultyDriver(std::shared_ptr<Driver> driver, FaultPlan* below = nullptr)
+      : driver_(std::move(driver)),
+        plan_(below != nullptr ? *below : own_plan_),
+        first_call_(plan_.calls()),
+        first_fault_(plan_.faults()) {
+    plan_.fail(0, 0, Fault::kClean);
+  }
+  // The driver below may end in peace.
+  ~FaultyDriver() override { plan_.fail(0, 0, Fault::kClean); }
 
   // Calls `first` to `first + count - 1` fail.
   void fail(uint64_t first, uint64_t count = 1, Fault fault = Fault::kClean) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    first_ = first;
-    count_ = count;
-    fault_ = fault;
+    plan_.fail(first_call_ + first, count, fault);
   }
-  uint64_t calls() const { return calls_; }
-  uint64_t faults() const { return faults_; }
+  uint64_t calls() const { return plan_.calls() - first_call_; }
+  uint64_t faults() const { return plan_.faults() - first_fault_; }
 
   // Rules that a caller has broken, one per line; empty if none.
   std::string violations() const {
@@ -56,6 +60,8 @@ class FaultyDriver : public Driver {
   }
 
   size_t granularity_bytes() const override { return driver_->granularity_bytes(); }
+  Reach reach() const override { return driver_->reach(); }
+  Status synchronize() override { return driver_->synchronize(); }
 
   Status reserve(size_t bytes, size_t alignment, std::byte** base) override {
     if (fails()) return failed("reserve");
@@ -167,17 +173,8 @@ class FaultyDriver : public Driver {
     return Status(Code::kDriver, std::string(call) + " failed on command");
   }
 
-  bool fails() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    const uint64_t call = ++calls_;
-    const bool fail = call >= first_ && call - first_ < count_;
-    if (fail) ++faults_;
-    return fail;
-  }
-  bool half_done() const {
-    std::lock_guard<std::mutex> lock(mutex_);
-    return fault_ == Fault::kHalfDone;
-  }
+  bool fails() { return &plan_ == &own_plan_ && own_plan_.next(); }
+  bool half_done() const { return plan_.half_done(); }
   // With the lock held.
   void expect(bool condition, const char* rule) {
     if (!condition) violations_ += std::string(rule) + "\n";
@@ -190,10 +187,10 @@ class FaultyDriver : public Driver {
   }
 
   const std::shared_ptr<Driver> driver_;
+  FaultPlan own_plan_;
+  FaultPlan& plan_;
+  const uint64_t first_call_, first_fault_;
   mutable std::mutex mutex_;
-  uint64_t first_ = 0, count_ = 0;
-  Fault fault_ = Fault::kClean;
-  std::atomic<uint64_t> calls_{0}, faults_{0};
   std::map<std::byte*, size_t> ranges_;
   std::map<Handle, size_t> handles_;
   std::map<std::byte*, Piece> pieces_;

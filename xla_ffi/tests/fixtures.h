@@ -5,13 +5,23 @@
 
 #include <cstddef>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "check.h"
 #include "faulty_driver.h"
 #include "kv/kv_cache.h"
 #include "memory/chunk_pool.h"
+#include "memory/copy_link.h"
 #include "memory/host_driver.h"
+
+#if defined(ELLM_OVER_CUDA) || defined(ELLM_OVER_CUDA_CALLS) || defined(ELLM_OVER_PINNED)
+#include "fake_cuda.h"
+#include "memory/cuda_driver.h"
+#include "memory/cuda_link.h"
+#include "memory/pinned_driver.h"
+#define ELLM_WITH_CUDA 1
+#endif
 
 namespace ellm {
 
@@ -32,8 +42,65 @@ inline std::shared_ptr<HostDriver> host_driver() {
   return driver.value();
 }
 
+// What a test is about: the same sources are built over host memory, over CUDA as the fake has it
+// (ELLM_OVER_CUDA, with ELLM_OVER_CUDA_CALLS the calls that fail are those of CUDA itself), and
+// over pinned host memory (ELLM_OVER_PINNED).
+#ifdef ELLM_WITH_CUDA
+
+// With chunks of a page; what it has to say is checked after each test.
+inline FakeCuda& fake_cuda() {
+  static FakeCuda fake({page_bytes(), size_t{1} << 40, 1, true});
+  return fake;
+}
+inline const bool checks_fake_cuda = [] {
+  check::after_each().push_back([] {
+    CHECK_EQ(fake_cuda().violations(), "");
+    CHECK_EQ(fake_cuda().leftovers(), "");
+  });
+  return true;
+}();
+
+inline std::shared_ptr<CudaDevice> cuda_device() {
+  auto device = CudaDevice::Open(fake_cuda().api(), 0);
+  REQUIRE_OK(device.status());
+  return device.value();
+}
+
+// Of blocks that are copied from and to.
+inline std::shared_ptr<Driver> block_driver() {
+  return std::make_shared<PinnedDriver>(host_driver(), cuda_device());
+}
+
+inline std::unique_ptr<CopyLink> copy_link() {
+  auto link = CudaLink::Create(cuda_device());
+  REQUIRE_OK(link.status());
+  return std::move(link.value());
+}
+
+inline std::shared_ptr<Driver> memory_driver() {
+#ifdef ELLM_OVER_PINNED
+  return block_driver();
+#else
+  auto driver = CudaDriver::Create(cuda_device());
+  REQUIRE_OK(driver.status());
+  return driver.value();
+#endif
+}
+
+#else
+
+inline std::shared_ptr<Driver> block_driver() { return host_driver(); }
+inline std::unique_ptr<CopyLink> copy_link() { return host_link(); }
+inline std::shared_ptr<Driver> memory_driver() { return host_driver(); }
+
+#endif
+
 inline std::shared_ptr<FaultyDriver> faulty_driver() {
-  return std::make_shared<FaultyDriver>(host_driver());
+#ifdef ELLM_OVER_CUDA_CALLS
+  return std::make_shared<FaultyDriver>(memory_driver(), &fake_cuda().faults());
+#else
+  return std::make_shared<FaultyDriver>(memory_driver());
+#endif
 }
 
 inline std::shared_ptr<ChunkPool> make_pool(std::shared_ptr<Driver> driver, size_t limit_bytes,

@@ -40,13 +40,13 @@ std::byte* address(HostBuffer& buffer, BlockId id) {
 
 TEST(block_sizes_that_cannot_be_are_refused) {
   for (const size_t bytes : {size_t{0}, size_t{100}, page_bytes() / 2}) {
-    CHECK_EQ(HostBuffer::Create(host_driver(), bytes, 1 << 20).status().code(), Code::kInvalid);
+    CHECK_EQ(HostBuffer::Create(memory_driver(), bytes, 1 << 20).status().code(), Code::kInvalid);
   }
 }
 
 TEST(take_is_all_or_nothing_to_the_byte) {
   const size_t b = 3 * page_bytes();
-  const auto buffer = make_buffer(host_driver(), 4 * b - 1, b);
+  const auto buffer = make_buffer(memory_driver(), 4 * b - 1, b);
   std::vector<BlockId> blocks;
   const Status s = buffer->take(4, &blocks);
   CHECK_EQ(s.code(), Code::kOutOfMemory);
@@ -87,7 +87,7 @@ TEST(blocks_hold_data_and_are_kept_for_the_next_take) {
 }
 
 TEST(blocks_that_are_nobodys_are_refused) {
-  const auto buffer = make_buffer(host_driver(), 4 * page_bytes());
+  const auto buffer = make_buffer(memory_driver(), 4 * page_bytes());
   std::vector<BlockId> blocks;
   REQUIRE_OK(buffer->take(3, &blocks));
   CHECK_EQ(buffer->give_back({blocks[0], blocks[0]}).code(), Code::kInvalid);
@@ -99,7 +99,7 @@ TEST(blocks_that_are_nobodys_are_refused) {
 }
 
 TEST(pinned_blocks_stay) {
-  const auto buffer = make_buffer(host_driver(), 4 * page_bytes());
+  const auto buffer = make_buffer(memory_driver(), 4 * page_bytes());
   std::vector<BlockId> blocks;
   REQUIRE_OK(buffer->take(2, &blocks));
   REQUIRE_OK(buffer->pin({blocks[1]}).status());

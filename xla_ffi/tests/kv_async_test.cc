@@ -68,7 +68,7 @@ class GateDriver : public FaultyDriver {
 // 4 slots of up to 64 tokens (8 chunks).
 struct Bench {
   explicit Bench(size_t pool_chunks = 16)
-      : driver(std::make_shared<GateDriver>(host_driver())),
+      : driver(std::make_shared<GateDriver>(memory_driver())),
         pool(make_pool(driver, pool_chunks * page_bytes())),
         cache(make_cache(pool, page_layout(4, 64))) {}
   ~Bench() {
@@ -388,7 +388,7 @@ TEST(arguments_of_premap_are_checked_before_anything_is_taken) {
 
 // Kernels read mapped_tokens and touch what it promises while slots grow behind the host's back.
 TEST(readers_touch_what_is_mapped_while_the_cache_maps) {
-  const auto pool = make_pool(host_driver(), 64 * page_bytes());
+  const auto pool = make_pool(memory_driver(), 64 * page_bytes());
   const auto cache = make_cache(pool, page_layout(8, 256));
   const KvLayout& l = cache->layout();
   const int32_t slot = cache->take_slot(0).value();

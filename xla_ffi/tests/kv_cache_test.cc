@@ -256,7 +256,7 @@ TEST(two_caches_share_one_pool) {
 }
 
 TEST(caches_that_do_not_fit_the_pool_are_refused) {
-  const auto pool = make_pool(host_driver(), 1 << 20, 2 * page_bytes());
+  const auto pool = make_pool(memory_driver(), 1 << 20, 2 * page_bytes());
   CHECK_EQ(KvCache::Create(pool, page_layout(4, 64)).status().code(), Code::kInvalid);
   CHECK_EQ(KvCache::Create(pool, KvLayout{}).status().code(), Code::kInvalid);
 }
@@ -265,7 +265,7 @@ TEST(hundreds_of_slots_at_128k_tokens_cost_addresses_only) {
   // 32 layers, 8 heads of 128 in bfloat16: 16 GiB of addresses a slot, 4 TiB in all.
   const auto layout = KvLayout::Choose(32, 8, 128, 2, 131072, 256);
   REQUIRE_OK(layout.status());
-  const auto pool = make_pool(host_driver(), size_t{8} << 20, layout.value().chunk_bytes);
+  const auto pool = make_pool(memory_driver(), size_t{8} << 20, layout.value().chunk_bytes);
   const auto cache = make_cache(pool, layout.value());
   int32_t last = -1;
   for (int i = 0; i < 256; ++i) last = cache->take_slot(131072).value();
@@ -310,7 +310,7 @@ class WatchedDriver : public FaultyDriver {
 };
 
 TEST(readers_learn_of_memory_after_it_comes_and_before_it_goes) {
-  const auto driver = std::make_shared<WatchedDriver>(host_driver());
+  const auto driver = std::make_shared<WatchedDriver>(memory_driver());
   const auto pool = make_pool(driver, 16 * page_bytes());
   const auto cache = make_cache(pool, page_layout(1, 64));
   std::vector<int64_t> seen;
@@ -329,7 +329,7 @@ TEST(readers_learn_of_memory_after_it_comes_and_before_it_goes) {
 }
 
 TEST(a_call_in_the_middle_of_another_is_refused) {
-  const auto driver = std::make_shared<WatchedDriver>(host_driver());
+  const auto driver = std::make_shared<WatchedDriver>(memory_driver());
   const auto cache = make_cache(make_pool(driver, 16 * page_bytes()), page_layout(2, 64));
   const int32_t slot = cache->take_slot(0).value();
   int refused = 0;
@@ -347,7 +347,7 @@ TEST(a_call_in_the_middle_of_another_is_refused) {
 }
 
 TEST(the_registry_finds_what_lives) {
-  const auto pool = make_pool(host_driver(), 1 << 20);
+  const auto pool = make_pool(memory_driver(), 1 << 20);
   auto cache = make_cache(pool, page_layout(2, 16));
   const int32_t id = register_kv(cache);
   CHECK(id > 0);

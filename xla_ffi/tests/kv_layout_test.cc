@@ -105,10 +105,17 @@ TEST(the_chunk_that_wastes_least_is_chosen) {
   l = choose(64, 16, 128, 2);
   CHECK_EQ(l.chunk_bytes, 8 * kMiB);
   CHECK_EQ(l.tile_tokens, 16);
-  // A device with 2 MiB pages.
+  // A device with 2 MiB pages: 128 KiB a token as before, 12 KiB fill it with more than 64 tokens,
+  // and for 1 KiB the tile is capped.
+  l = choose(32, 8, 128, 2, 131072, 256, 2 * kMiB);
+  CHECK_EQ(l.chunk_bytes, 2 * kMiB);
+  CHECK_EQ(l.tile_tokens, 16);
+  l = choose(24, 2, 64, 2, 4096, 4, 2 * kMiB);
+  CHECK_EQ(l.chunk_bytes, 2 * kMiB);
+  CHECK_EQ(l.tile_tokens, 168);
   l = choose(2, 1, 64, 4, 4096, 4, 2 * kMiB);
   CHECK_EQ(l.chunk_bytes, 2 * kMiB);
-  CHECK_EQ(l.tile_tokens, 64);
+  CHECK_EQ(l.tile_tokens, 256);
 }
 
 TEST(every_choice_is_sound) {

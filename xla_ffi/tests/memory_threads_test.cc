@@ -86,7 +86,7 @@ TEST(threads_share_a_pool) {
 // Kernels read mapped_tokens and touch what it promises, while the host thread grows that slot and
 // takes, releases and unmaps others.
 TEST(readers_touch_what_is_mapped_while_the_host_thread_maps) {
-  const auto pool = make_pool(host_driver(), 64 * page_bytes());
+  const auto pool = make_pool(memory_driver(), 64 * page_bytes());
   const auto cache = make_cache(pool, page_layout(8, 256));
   const int32_t slot = cache->take_slot(0).value();
   const KvLayout& l = cache->layout();
@@ -154,7 +154,7 @@ TEST(a_second_host_thread_is_refused_and_harms_nothing) {
 }
 
 TEST(the_registry_serves_all_threads) {
-  const auto pool = make_pool(host_driver(), 1 << 20);
+  const auto pool = make_pool(memory_driver(), 1 << 20);
   run_threads(3, [&](int) {
     for (int i = 0; i < 50; ++i) {
       const auto cache = make_cache(pool, page_layout(2, 16));
@@ -199,7 +199,7 @@ class GateDriver : public FaultyDriver {
 // waits for it: it neither fails nor goes above the limit.
 void wait_for_memory_being_given_back(const std::function<Status(ChunkPool*)>& need) {
   const size_t c = page_bytes();
-  const auto driver = std::make_shared<GateDriver>(host_driver());
+  const auto driver = std::make_shared<GateDriver>(memory_driver());
   const auto pool = make_pool(driver, 4 * c);
   std::vector<ChunkId> ids;
   REQUIRE_OK(pool->acquire(Owner::kKv, 4, &ids));

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "kv/layout.h"
+#include "kv/step.h"
 
 namespace ellm {
 
@@ -30,14 +31,6 @@ struct LinearArgs {
   int64_t rows;
   int64_t n;
   int64_t k;
-};
-
-// One sequence of a ragged batch.
-struct SequenceSpan {
-  int32_t slot;
-  int32_t context_tokens;  // tokens already in the slot before this step
-  int32_t row_begin;       // first row of q, k, v
-  int32_t row_count;       // new tokens of this step
 };
 
 // Attention of a ragged batch over the KV slots of one layer.
