@@ -10,29 +10,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ellm_jax._native import (
-    Arena,
-    Copier,
-    HostBuffer,
-    KvCache,
-    KvLayout,
-    OutOfMemory,
-    Pool,
-    malloc_retain,
-    malloc_trim,
-)
+from ellm_jax._native import OutOfMemory
 from ellm_jax.checkpoint import load_model, read_config, resolve_dtype, weights_bytes
 from ellm_jax.config import EngineConfig, format_bytes
+from ellm_jax.devices import Device, DeviceGroup, open_devices
 from ellm_jax.executor import DeviceExecutor
 from ellm_jax.host_loop import HostLoop
 from ellm_jax.memory.events import EventLog
 from ellm_jax.memory.host_tier import HostTier
 from ellm_jax.memory.ledger import Ledger
-from ellm_jax.memory.system import default_limit_bytes
 from ellm_jax.models.config import ModelConfig
 from ellm_jax.models.decoder import Decoder
 from ellm_jax.request import Request
-from ellm_jax.runtime import ops
 from ellm_jax.runtime.buckets import Buckets
 from ellm_jax.runtime.compiler import StepCompiler, use_compilation_cache
 from ellm_jax.runtime.runner import Runner
@@ -49,12 +38,6 @@ TINY_MODEL = pathlib.Path(__file__).parent / "tiny"
 
 _STATE_SHARE = 1 / 16
 """Most of the limit that the sampler state takes; requests that need a row of it wait for one."""
-_RETAINED_BYTES = 16 << 20
-"""What XLA's allocator on the CPU, the heap, keeps of a step's memory for the next one. Enough for
-decoding; what prefilling takes beyond it goes back when the step ends, which costs a page fault per
-4 KiB, under a thousandth of such a step."""
-_ARENA_BYTES = 1 << 30
-"""Addresses for the kernels' workspaces; memory is mapped as far as they use it."""
 _SMALLEST_SHARE_TOKENS = 2048
 """KV of so many tokens is the least that the host tier's logical size is scaled down to."""
 
@@ -90,7 +73,8 @@ def assemble(
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or not supported.
-        ValueError: `max_model_len` is more than the model can.
+        DeviceError: there is no such device, or JAX was set up in another way before.
+        ValueError: `max_model_len` is more than the model can, or it cannot be divided so.
         MemoryError: `device_memory` does not hold the weights and the smallest step.
     """
     model_config = read_config(path)
@@ -101,19 +85,16 @@ def assemble(
             f"max_model_len={max_model_len}: the model's context is {model_config.max_context} "
             "tokens; ask for that or less"
         )
+    devices = open_devices(config.device, config.tensor_parallel)
+    device: Device = devices[0] if len(devices) == 1 else DeviceGroup(devices)
+    device.shards.check(model_config)
     limit_bytes = config.device_memory_bytes
     if limit_bytes is None:
-        limit_bytes = default_limit_bytes()
-    layout = KvLayout.choose(
-        model_config.num_layers,
-        model_config.num_kv_heads,
-        model_config.head_dim,
-        2 if dtype == "bfloat16" else np.dtype(dtype).itemsize,
-        max_model_len,
-        config.max_num_seqs,
-    )
-    pool = Pool(layout.chunk_bytes, limit_bytes)
-    weights = weights_bytes(model_config, dtype)
+        limit_bytes = device.default_limit_bytes()
+    element_bytes = 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+    layout = device.choose_layout(model_config, element_bytes, max_model_len, config.max_num_seqs)
+    pool = device.make_pool(layout.chunk_bytes, limit_bytes)
+    weights = weights_bytes(model_config, dtype, device.shards)
     try:
         pool.reserve("weights", weights)
     except OutOfMemory as error:
@@ -121,7 +102,7 @@ def assemble(
             f"device_memory is {format_bytes(limit_bytes)}, the weights alone take "
             f"{format_bytes(weights)} in {dtype}; raise device_memory, or choose a smaller model"
         ) from error
-    kv = KvCache(pool, layout)
+    kv = device.make_kv(pool, layout)
     rules = POLICIES[config.policy](
         Sizes(max_model_len, config.max_num_seqs, config.max_batch_tokens)
     )
@@ -129,15 +110,26 @@ def assemble(
     row_bytes = state_bytes(1, model_config.vocab_size)
     affordable = int(limit_bytes * _STATE_SHARE) // row_bytes
     state_rows = min(config.max_num_seqs + 1, max(2, affordable))
-    workspace = state_rows * row_bytes
+    workspace = state_rows * row_bytes + device.rounding_bytes
 
-    malloc_retain(_RETAINED_BYTES)
-    ops.register()
+    backend = device.make_backend(kv.id, kv)
     use_compilation_cache(config.compilation_cache)
-    model, _ = load_model(path, dtype=dtype, progress=config.progress)
-    runner = Runner(model, model_config, kv.id, config.max_num_seqs, state_rows)
-    del model
+
+    def load(progress: bool) -> Decoder:
+        return load_model(
+            path,
+            dtype=dtype,
+            progress=progress,
+            load_format=config.load_format,
+            placement=backend.placement,
+            shards=device.shards,
+        )[0]
+
+    runner = Runner(
+        load(config.progress), model_config, kv.id, config.max_num_seqs, state_rows, backend
+    )
     gc.collect()
+    balloon = device.make_balloon(runner.settle)
     buckets = Buckets(config.max_num_seqs, rules.max_rows)
     compiler = StepCompiler(runner, buckets, progress=config.progress)
     if config.warm_up:
@@ -163,24 +155,21 @@ def assemble(
         )
     pool.reserve("workspace", workspace)
     events = EventLog(time.monotonic)
-    arena = Arena(pool, _ARENA_BYTES)
-    arena.serve(kv)
     ledger = Ledger(
         pool,
         kv,
         events,
-        trim_heap=malloc_trim,
-        retained_bytes=_RETAINED_BYTES,
+        balloon=balloon,
         prefix_caching=config.prefix_caching,
         floor_bytes=floor_bytes,
-        arena=arena,
+        arena=device.make_arena(pool, kv),
     )
     cost = CostModel()
     host = slo = None
     if rules.host_tier:
         host_bytes = config.host_memory_bytes
-        buffer = HostBuffer(layout.chunk_bytes, host_bytes)
-        host = HostTier(buffer, Copier(), kv, events, cost.observe_copy)
+        buffer = device.make_host_buffer(layout.chunk_bytes, host_bytes)
+        host = HostTier(buffer, device.make_copier(), kv, events, cost.observe_copy)
         smallest = layout.chunks_for(min(max_model_len, _SMALLEST_SHARE_TOKENS))
         slo = SloBuffer(host_bytes, smallest * layout.chunk_bytes)
     scheduler = Scheduler(
@@ -196,9 +185,6 @@ def assemble(
         slo=slo,
     )
 
-    def reload() -> Decoder:
-        return load_model(path, dtype=dtype, progress=False)[0]
-
-    executor = DeviceExecutor(runner, weights, reload)
+    executor = DeviceExecutor(runner, weights, lambda: load(progress=False))
     loop = HostLoop(executor, compiler, ledger, scheduler, on_token, on_finish, host=host, slo=slo)
     return Assembly(loop, compiler, model_config, dtype, max_model_len, smallest_need_bytes)

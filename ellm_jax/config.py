@@ -12,11 +12,22 @@ _UNITS |= {f"{unit}I": 1024 ** (i + 1) for i, unit in enumerate("KMGT")}
 DTYPES = ("float32", "bfloat16")
 """What an engine computes in."""
 
+DEVICES = ("auto", "cpu", "cuda")
+"""What an engine runs on."""
+
+LOAD_FORMATS = ("auto", "dummy")
+"""Where weights come from."""
+
 _MAX_BYTES = 2**60
 POLICY_NAMES = ("elastic", "intra", "inter", "static-chunked", "static")
 """How memory is divided; see `ellm_jax.scheduler.policy`."""
 
-_MAX_COUNTS = {"max_model_len": 2**31 - 1, "max_num_seqs": 4096, "max_batch_tokens": 65536}
+_MAX_COUNTS = {
+    "tensor_parallel": 64,
+    "max_model_len": 2**31 - 1,
+    "max_num_seqs": 4096,
+    "max_batch_tokens": 65536,
+}
 _MAX_IDLE_S = 1e9  # what threads can wait for has a limit, not far above
 
 
@@ -62,8 +73,15 @@ class EngineConfig:
     """Limits and choices of an engine. Hashable; checked when made.
 
     Attributes:
+        device: "cuda": NVIDIA GPUs; "cpu"; "auto": GPUs where there are any that JAX and this build
+            can use, else the CPU.
+        tensor_parallel: devices that share the model, each with its part of the weights and its
+            heads of the KV cache. `device_memory` and `host_memory` are then for each of them, and
+            so are the figures of `Engine.memory`.
         device_memory: most bytes that weights, KV cache and activations take together, as bytes or
             text ("2GiB"). None: what is free when the engine starts, less a tenth.
+        load_format: "auto": weights from the checkpoint, in whichever format it has them; "dummy":
+            random ones, made on the device from config.json alone, for measuring speed and memory.
         dtype: "float32" or "bfloat16"; None: the checkpoint's own, float16 becoming bfloat16.
         max_model_len: most tokens of prompt and output together; None: the model's context.
         max_num_seqs: most requests that run at once; at most 4096.
@@ -88,7 +106,10 @@ class EngineConfig:
         progress: show progress bars while loading and compiling.
     """
 
+    device: str = "auto"
+    tensor_parallel: int = 1
     device_memory: int | str | None = None
+    load_format: str = "auto"
     dtype: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 64
@@ -109,6 +130,8 @@ class EngineConfig:
                 f"device_memory={self.device_memory!r}: must be at least 1 byte; "
                 "leave it out for what is free at start"
             )
+        _check_choice("device", self.device, DEVICES)
+        _check_choice("load_format", self.load_format, LOAD_FORMATS)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(
                 f"dtype={self.dtype!r}: the engine computes in {' or '.join(DTYPES)}; "
@@ -117,11 +140,7 @@ class EngineConfig:
         for name, most in _MAX_COUNTS.items():
             _check_count(name, getattr(self, name), most)
         parse_bytes(self.host_memory)
-        if self.policy not in POLICY_NAMES:
-            raise ValueError(
-                f"policy={self.policy!r}: there are {', '.join(POLICY_NAMES)}; "
-                "leave it out for elastic"
-            )
+        _check_choice("policy", self.policy, POLICY_NAMES)
         for name in ("ttft_ms", "tpot_ms"):
             check_target(name, getattr(self, name))
         for name in ("warm_up", "progress", "prefix_caching"):
@@ -153,6 +172,13 @@ def check_target(name: str, value: object) -> None:
         raise TypeError(f"{name}={value!r}: must be a number of milliseconds, or None")
     if not 0 < value < float("inf"):
         raise ValueError(f"{name}={value!r}: must be above 0 milliseconds; use None for no target")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(
+            f"{name}={value!r}: there are {', '.join(choices)}; leave it out for {choices[0]}"
+        )
 
 
 def _check_count(name: str, value: object, most: int) -> None:

@@ -7,16 +7,13 @@ import os
 import pathlib
 import platform
 import resource
-import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 from ellm_jax.config import EngineConfig, format_bytes
+from ellm_jax.doctor_cuda import look_at_gpus, try_gpu
+from ellm_jax.doctor_finding import Finding, Level
 from ellm_jax.memory.system import default_limit_bytes, free_memory_bytes
-
-Level = Literal["ok", "warning", "error"]
 
 _PYTHONS = ((3, 11), (3, 13))
 _PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "tokenizers", "safetensors", "numpy")
@@ -26,29 +23,11 @@ _SPARE_MAPPINGS = 4096
 _SELF_TEST_MEMORY = "256MiB"
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        group: what it belongs to.
-        name: what was looked at.
-        level: "error" where the engine cannot work, "warning" where it works less well.
-        value: what was found.
-        remedy: what to do about it; empty where nothing is to be done.
-    """
-
-    group: str
-    name: str
-    level: Level
-    value: str
-    remedy: str = ""
-
-
 def examine(*, self_test: bool = True) -> Iterator[Finding]:
     """Looks at everything, what is quick first. A look that fails is a finding too."""
     looks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("software", _software),
+        ("gpu", look_at_gpus),
         ("backends", _backends),
         ("processor", _processor),
         ("memory", _memory),
@@ -56,7 +35,7 @@ def examine(*, self_test: bool = True) -> Iterator[Finding]:
         ("cache", _cache),
     ]
     if self_test:
-        looks += [("self-test", _mapping), ("self-test", _generation)]
+        looks += [("self-test", _mapping), ("self-test", try_gpu), ("self-test", _generation)]
     for group, look in looks:
         try:
             yield from look()
@@ -86,17 +65,12 @@ def _backends() -> Iterator[Finding]:
     import jax
 
     from ellm_jax import _native
+    from ellm_jax.devices import open_devices
 
-    devices = jax.devices()
-    names = ", ".join(f"{device.platform}:{device.id} {device.device_kind}" for device in devices)
-    on_cpu = all(device.platform == "cpu" for device in devices)
-    yield Finding(
-        "backends",
-        "jax devices",
-        "ok" if on_cpu else "warning",
-        names,
-        "" if on_cpu else "set JAX_PLATFORMS=cpu: the engine runs on the CPU only so far",
-    )
+    [device] = open_devices("auto")
+    names = ", ".join(f"{each.platform}:{each.id} {each.device_kind}" for each in jax.devices())
+    yield Finding("backends", "jax devices", "ok", names)
+    yield Finding("backends", "engines run on", "ok", device.platform)
     isa = _native.cpu_isa()
     slow = isa == "generic"
     yield Finding(
@@ -106,9 +80,6 @@ def _backends() -> Iterator[Finding]:
         isa,
         "a processor with AVX2 or AVX-512 is several times faster" if slow else "",
     )
-    card = shutil.which("nvidia-smi") is not None
-    value = "not part of this version" + ("; this machine has an NVIDIA driver" if card else "")
-    yield Finding("backends", "cuda kernels", "ok", value)
 
 
 def _processor() -> Iterator[Finding]:

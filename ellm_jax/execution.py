@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ellm_jax.memory.ledger import Lease
 from ellm_jax.request import Request
 from ellm_jax.runtime.shapes import StepKey, StepMode
 from ellm_jax.scheduler.plan import Plan
@@ -27,6 +28,23 @@ class Outcome:
     tokens: Sequence[int]
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None
+
+
+@dataclass(eq=False)
+class DispatchedStep:
+    """A step in flight.
+
+    Attributes:
+        plan: who takes part.
+        handle: the executor's, to wait for.
+        lease: the memory it holds.
+        begin_s: when it was dispatched.
+    """
+
+    plan: Plan
+    handle: Any
+    lease: Lease
+    begin_s: float
 
 
 class Executor(Protocol):

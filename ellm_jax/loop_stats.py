@@ -46,6 +46,10 @@ class LoopStats:
     moves: dict[str, int] = field(default_factory=dict)
     moved_bytes: dict[str, int] = field(default_factory=dict)
 
+    def reset(self) -> None:
+        """Starts anew."""
+        vars(self).update(vars(LoopStats()))
+
     @contextlib.contextmanager
     def timed(self, field_name: str) -> Iterator[None]:
         """Adds the time of a with-block to one of the fields in seconds."""

@@ -10,7 +10,7 @@ it in. Steps of other requests run meanwhile.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ellm_jax._native import OutOfMemory
 from ellm_jax.memory.host_tier import CopyFailed, HostCopy, HostTier
@@ -31,6 +31,7 @@ class Tiering:
         host: HostTier,
         give_back_slot: Callable[[Request], None],
         restart: Callable[[Request], None],
+        steps_of: Mapping[Request, int],
     ):
         """Args:
         scheduler: whose queues the requests are in.
@@ -38,12 +39,15 @@ class Tiering:
         host: host memory.
         give_back_slot: releases a request's slot.
         restart: has a request computed again from the start, and releases its slot.
+        steps_of: how many steps in flight name a request.
         """
         self._scheduler = scheduler
         self._ledger = ledger
         self.host = host
         self._give_back_slot = give_back_slot
         self._restart = restart
+        self._steps_of = steps_of
+        self._parked: dict[Request, None] = {}  # in the order of their wish
         self._clock = ledger.events.clock
 
     def advance(self, now: float, *, fetch: bool) -> None:
@@ -54,7 +58,7 @@ class Tiering:
             else:
                 self._poll_fetching(request)
         while fetch:
-            request_or_none = self._scheduler.next_fetch(now)
+            request_or_none = self._scheduler.tiers.next_fetch(now)
             if request_or_none is None or not self._start_fetch(request_or_none):
                 return
 
@@ -73,12 +77,30 @@ class Tiering:
                 request.to_host = False  # it stays; pressure will tell
                 self._note_refusal(request, error)
 
+    def park(self, request: Request) -> None:
+        """Has a request leave for host memory as soon as no step in flight names it."""
+        request.parked = True
+        self._parked[request] = None
+        self.leave_parked()
+
+    def leave_parked(self) -> None:
+        """Sends those off who wait for it, and whom no step in flight names any more."""
+        for request in [r for r in self._parked if not self._steps_of.get(r)]:
+            self._parked.pop(request, None)
+            if request.status is not Status.RUNNING:
+                continue
+            if self._scheduler.waiting or self._scheduler.offloaded:
+                self.leave(request)
+            else:
+                request.parked = request.to_host = False  # nobody needs its room any more
+
     def leave(self, request: Request) -> bool:
         """Starts a request's way to host memory. No step in flight may name it. False if host
         memory is full, or the system refuses it; the request runs on then."""
         assert request.slot is not None
         request.to_host = False
         request.parked = False
+        self._parked.pop(request, None)
         if request.host is None:
             request.host = HostCopy(request.id)
         try:
@@ -164,7 +186,8 @@ class Tiering:
             pass
 
     def drop(self, request: Request) -> None:
-        """Gives up what a request has in host memory."""
+        """Gives up what a request has in host memory, and its wish to go there."""
+        self._parked.pop(request, None)
         if request.host is not None:
             self.host.drop(request.host)
             request.host = None

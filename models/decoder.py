@@ -11,10 +11,12 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
+from ellm_jax.models.collectives import closed, embedded, scored
 from ellm_jax.models.config import ModelConfig
 from ellm_jax.models.ops import ModelOps
 from ellm_jax.models.params import param_shapes
 from ellm_jax.models.rope import apply_rotation, rotation
+from ellm_jax.models.shards import CLOSING, WHOLE, Shards
 
 # Per-layer vectors: small enough that a scan may slice them. The matrices stay whole.
 _SCANNED = (
@@ -49,25 +51,41 @@ class Blocks(nnx.Module):
 class Decoder(nnx.Module):
     """A decoder-only transformer over a flat list of tokens.
 
+    Divided among several devices, it holds the parameters of all of them, and is called inside a
+    `shard_map` over them, where each device sees its part.
+
     Attributes:
-        config: static.
+        config: static; of the whole model.
+        shards: static; how it is divided.
         embed: `[V, H]`.
         blocks: the layers, stacked.
         final_norm: `[H]`.
         lm_head: `[V, H]`; absent where the embedding is tied.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+        shards: Shards = WHOLE,
+    ):
         self.config = config
+        self.shards = shards
         for name, shape in param_shapes(config).items():
             if not name.startswith("blocks."):
                 setattr(self, name, _initial(name, shape, dtype, rngs))
         self.blocks = Blocks(config, dtype=dtype, rngs=rngs)
 
     @classmethod
-    def from_params(cls, config: ModelConfig, params: Mapping[str, jax.Array]) -> Decoder:
-        """A decoder of existing arrays: those of `param_shapes`, by dotted name."""
-        graph, state = nnx.split(nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0))))
+    def from_params(
+        cls, config: ModelConfig, params: Mapping[str, jax.Array], shards: Shards = WHOLE
+    ) -> Decoder:
+        """A decoder of existing arrays: those of `param_shapes`, by dotted name. Divided, they are
+        of `Shards.joint_shape`: the parts of the devices behind each other."""
+        made = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), shards=shards))
+        graph, state = nnx.split(made)
         filled = [
             (path, variable.replace(params[".".join(path)]))
             for path, variable in nnx.to_flat_state(state)
@@ -94,7 +112,7 @@ class Decoder(nnx.Module):
         Returns:
             Normalised hidden states `[T, H]` in the model's dtype, and the cache.
         """
-        config, blocks = self.config, self.blocks
+        config, blocks, shards = self.config, self.blocks, self.shards
         cos, sin = rotation(config.rope, config.head_dim, positions)
 
         def block(carry: tuple[jax.Array, Any], this: dict[str, jax.Array]) -> tuple[Any, None]:
@@ -102,7 +120,10 @@ class Decoder(nnx.Module):
             layer = this["layer"]
 
             def linear(x: jax.Array, name: str) -> jax.Array:
-                y = ops.linear(x, getattr(blocks, name)[...], layer)
+                def product(x: jax.Array) -> jax.Array:
+                    return ops.linear(x, getattr(blocks, name)[...], layer)
+
+                y = closed(shards, product, x) if name in CLOSING else product(x)
                 return y + this[f"{name}_bias"] if f"{name}_bias" in this else y
 
             h = ops.rms_norm(x, this["attn_norm"], config.norm_eps)
@@ -112,28 +133,30 @@ class Decoder(nnx.Module):
                 k = ops.rms_norm(k, this["k_norm"], config.norm_eps)
             q, k = apply_rotation(q, cos, sin), apply_rotation(k, cos, sin)
             mixed, cache = ops.attend(q, k, v, layer, this["window"], cache)
-            x = x + linear(mixed.reshape(x.shape[0], config.q_size), "o")
+            x = x + linear(mixed.reshape(x.shape[0], -1), "o")
 
             h = ops.rms_norm(x, this["mlp_norm"], config.norm_eps)
             x = x + linear(ops.silu_mul(linear(h, "gate_up")), "down")
             return (x, cache), None
 
-        x = jnp.take(self.embed[...], tokens, axis=0, mode="clip")
+        x = embedded(shards, self.embed[...], tokens, config.vocab_size)
         (x, cache), _ = lax.scan(block, (x, cache), self._per_layer())
         return ops.rms_norm(x, self.final_norm[...], config.norm_eps), cache
 
     def logits(self, hidden: jax.Array, ops: ModelOps) -> jax.Array:
         """Scores of every token of the vocabulary: `[R, H]` in, `f32[R, V]` out."""
         head = self.embed if self.config.tie_embeddings else self.lm_head
-        return ops.linear(hidden, head[...][None], jnp.int32(0), jnp.float32)
+        part = ops.linear(hidden, head[...][None], jnp.int32(0), jnp.float32)
+        return scored(self.shards, part, self.config.vocab_size)
 
     def _split_heads(self, qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """`[T, (Hq + 2 Hkv) D]` to `[T, Hq, D]`, `[T, Hkv, D]` and `[T, Hkv, D]`."""
+        """`[T, (Hq + 2 Hkv) D]` to `[T, Hq, D]`, `[T, Hkv, D]` and `[T, Hkv, D]`: the device's
+        heads."""
         config = self.config
         heads = qkv.reshape(qkv.shape[0], -1, config.head_dim)
-        q, k, v = jnp.split(
-            heads, (config.num_heads, config.num_heads + config.num_kv_heads), axis=1
-        )
+        num_heads = config.num_heads // self.shards.count
+        num_kv_heads = config.num_kv_heads // self.shards.count
+        q, k, v = jnp.split(heads, (num_heads, num_heads + num_kv_heads), axis=1)
         return q, k, v
 
     def _per_layer(self) -> dict[str, jax.Array]:

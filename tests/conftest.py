@@ -11,6 +11,15 @@ import pytest
 from ellm_jax import Engine, EngineConfig
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gpu-tests-on",
+        default="cuda",
+        choices=("cuda", "cpu"),
+        help="what tests/gpu runs on; on the CPU, those that can show that they themselves work",
+    )
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(request: pytest.FixtureRequest) -> None:
     """Compiled steps are kept between tests and runs: most of a test's time would be theirs."""
@@ -68,8 +77,8 @@ class CheckedEngine:
             engine.close()
             usage = loop.ledger.usage()
             assert usage["kv"] == usage["activation"] == usage["cache"] == 0, usage
-            assert not loop._steps_of, "a step is still accounted for"
-            assert not loop._leaving, "an ended request still holds memory"
+            assert not loop.lifecycle.steps_of, "a step is still accounted for"
+            assert not loop.lifecycle.leaving, "an ended request still holds memory"
             loop.ledger.check()
 
 

@@ -6,15 +6,11 @@ import time
 
 import numpy as np
 import pytest
+from engine_requests import greedy
 
-from ellm_jax import SamplingParams
 from ellm_jax.config import POLICY_NAMES
 from ellm_jax.request import Status
 from ellm_jax.runtime.failures import StepFailed
-
-
-def greedy(count, **more):
-    return SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, **more)
 
 
 def prompts(count, seed, low=8, high=120):

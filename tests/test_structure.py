@@ -15,12 +15,18 @@ ROOT = Path(ellm_jax.__file__).parent
 FLOORS = [
     ["ellm_jax.cli", "ellm_jax.__main__"],
     ["ellm_jax.bench", "ellm_jax.serving", "ellm_jax.batch_file", "ellm_jax.doctor"],
+    ["ellm_jax.doctor_cuda", "ellm_jax.doctor_finding"],
     ["ellm_jax.engine"],
     ["ellm_jax.sim"],
+    ["ellm_jax.completions"],
     ["ellm_jax.assembly", "ellm_jax.engine_thread", "ellm_jax.limits"],
     ["ellm_jax.intake"],
     ["ellm_jax.host_loop"],
+    ["ellm_jax.pressure"],
+    ["ellm_jax.recovery"],
+    ["ellm_jax.lifecycle"],
     ["ellm_jax.tiering", "ellm_jax.executor", "ellm_jax.step_results", "ellm_jax.loop_stats"],
+    ["ellm_jax.devices"],
     ["ellm_jax.execution"],
     ["ellm_jax.scheduler"],
     ["ellm_jax.memory"],
@@ -119,7 +125,14 @@ def test_planning_and_memory_know_no_jax():
 
 
 @pytest.mark.parametrize(
-    "module", ["ellm_jax", "ellm_jax.scheduler.batching", "ellm_jax.memory.ledger", "ellm_jax.cli"]
+    "module",
+    [
+        "ellm_jax",
+        "ellm_jax.host_loop",
+        "ellm_jax.scheduler.batching",
+        "ellm_jax.memory.ledger",
+        "ellm_jax.cli",
+    ],
 )
 def test_importing_is_cheap(module):
     code = f"import {module}, sys; sys.exit('jax' in sys.modules)"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
-from ellm_jax.bench.compare import MakeEngine, Row
+from ellm_jax.bench.compare import MakeEngine
 from ellm_jax.bench.offline import check_lengths, make_prompts, submit
+from ellm_jax.bench.tables import Row, columns
 from ellm_jax.bench.trace_request import TraceRequest, WorkloadError
 from ellm_jax.config import format_bytes
 from ellm_jax.engine import Engine
@@ -61,6 +63,7 @@ def measure_capacity(
     watch_s: float = 3.0,
     prefill: bool = False,
     seed: int = 0,
+    warm_up: bool = True,
 ) -> Capacity:
     """Queues one request more than may run at once, waits until no further one comes in, and
     watches those that run.
@@ -73,6 +76,7 @@ def measure_capacity(
         prefill: compute the prompts. Else their chunks are mapped and hold whatever is in them:
             attention reads as much, and the answers mean nothing.
         seed: of the prompts.
+        warm_up: compile every step first, rather than those that are needed when they are.
 
     Raises:
         WorkloadError: such a request can never run, or they are over too soon.
@@ -82,11 +86,12 @@ def measure_capacity(
     requests = [TraceRequest(0.0, context, output_tokens)] * (engine.config.max_num_seqs + 1)
     check_lengths(engine, requests)
     prompts = make_prompts(engine, requests, seed)
-    engine.warm_up()
+    if warm_up:
+        engine.warm_up()
     engine.trim()
     engine.reset_stats()
     quiet_steps = _QUIET_STEPS + (context // _ROWS_PER_STEP if prefill else 0)
-    marked = contextlib.nullcontext() if prefill else _synthetic(engine)
+    marked = contextlib.nullcontext() if prefill else synthetic_prompts(engine)
     with marked:
         futures = [
             submit(engine, prompt, output_tokens, request_id=f"context-{index}")
@@ -127,7 +132,7 @@ def _over_too_soon(output_tokens: int) -> WorkloadError:
 
 
 @contextlib.contextmanager
-def _synthetic(engine: Engine) -> Iterator[None]:
+def synthetic_prompts(engine: Engine) -> Iterator[None]:
     """Marks the prompts of what is submitted as computed. Not part of what users can ask for, so
     it reaches into the engine."""
     loop = engine._loop
@@ -209,7 +214,7 @@ def compare_capacity(
     return results
 
 
-CAPACITY_ROWS: list[Row] = [
+_ROWS: list[Row] = [
     ("largest batch", lambda r: f"{r['batch']}"),
     ("bounded by", lambda r: str(r["bounded"])),
     ("mean batch", lambda r: f"{r['mean_batch']:.1f}"),
@@ -218,4 +223,12 @@ CAPACITY_ROWS: list[Row] = [
     ("KV at most", lambda r: format_bytes(r["kv_bytes"])),
     ("preemptions", lambda r: f"{r['preemptions']}"),
 ]
-"""A table of results as JSON has them."""
+
+
+def capacity_table(results: dict[str, list[Capacity]]) -> str:
+    """Results for people, by policy: a block for each context."""
+    blocks = []
+    for found in zip(*results.values(), strict=True):
+        figures = {policy: dataclasses.asdict(f) for policy, f in zip(results, found, strict=True)}
+        blocks.append(f"context of {found[0].context} tokens\n{columns(_ROWS, figures)}")
+    return "\n\n".join(blocks)

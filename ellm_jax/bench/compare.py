@@ -9,15 +9,12 @@ from typing import Any
 
 from ellm_jax.bench.measure import median_of
 from ellm_jax.bench.offline import OfflineResult, Remarks, run_offline
+from ellm_jax.bench.tables import LATENCY_ROWS, Row, columns, peak_row
 from ellm_jax.bench.trace_request import TraceRequest
-from ellm_jax.config import format_bytes
 from ellm_jax.engine import Engine
 
 MakeEngine = Callable[[str], Engine]
 """From the name of a policy to an engine with it, to be closed by the caller."""
-
-Row = tuple[str, Callable[[dict[str, Any]], str]]
-"""A row of a table: its name, and how its value in a result is written."""
 
 
 @dataclass
@@ -93,10 +90,6 @@ def workload_summary(requests: Sequence[TraceRequest]) -> dict[str, Any]:
     }
 
 
-def _ms(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
-
-
 _ROWS: list[Row] = [
     ("completed", lambda r: f"{r['completed']:g}"),
     ("wall time s", lambda r: f"{r['wall_s']:.2f}"),
@@ -105,17 +98,13 @@ _ROWS: list[Row] = [
     ("decoding tokens/s", lambda r: f"{r['decoding_tokens_per_s']:.1f}"),
     ("  in its steps", lambda r: f"{r['decode_step_tokens_per_s']:.1f}"),
     ("largest batch", lambda r: f"{r['peak_running']:g}"),
-    ("TTFT mean ms", lambda r: _ms(r["ttft_ms"]["mean"])),
-    ("TTFT p50 ms", lambda r: _ms(r["ttft_ms"]["p50"])),
-    ("TTFT p99 ms", lambda r: _ms(r["ttft_ms"]["p99"])),
-    ("TPOT mean ms", lambda r: _ms(r["tpot_ms"]["mean"])),
-    ("TPOT p99 ms", lambda r: _ms(r["tpot_ms"]["p99"])),
+    *LATENCY_ROWS,
     ("planning", lambda r: f"{r['host_overhead']['planning']:.2%}"),
     ("mapping", lambda r: f"{r['host_overhead']['mapping']:.2%}"),
     ("waiting", lambda r: f"{r['host_overhead']['waiting']:.2%}"),
-    ("KV at most", lambda r: format_bytes(int(r["memory_peak"]["kv"]))),
-    ("cache at most", lambda r: format_bytes(int(r["memory_peak"]["cache"]))),
-    ("activation at most", lambda r: format_bytes(int(r["memory_peak"]["activation"]))),
+    peak_row("KV at most", "kv"),
+    peak_row("cache at most", "cache"),
+    peak_row("activation at most", "activation"),
     ("cached tokens", lambda r: f"{r['cached_tokens']:g}"),
     ("inflations", lambda r: f"{r['moves']['inflate']:g}"),
     ("deflations", lambda r: f"{r['moves']['deflate']:g}"),
@@ -129,16 +118,3 @@ _ROWS: list[Row] = [
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Results for people, a column each; `results` by policy."""
     return columns(_ROWS, results)
-
-
-def columns(rows: Sequence[Row], results: dict[str, dict[str, Any]]) -> str:
-    """A table with a column for each result."""
-    cells = [[name, *(write(result) for result in results.values())] for name, write in rows]
-    cells.insert(0, ["", *results])
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = (
-        [row[0].ljust(widths[0])]
-        + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        for row in cells
-    )
-    return "\n".join("  ".join(line).rstrip() for line in lines)

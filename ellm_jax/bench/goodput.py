@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ellm_jax.bench.compare import MakeEngine, Row, columns
+from ellm_jax.bench.compare import MakeEngine
 from ellm_jax.bench.measure import median_of
 from ellm_jax.bench.offline import check_lengths, prepare
 from ellm_jax.bench.online import ATTAINMENT, Load, RateResult, highest_rate, run_rate
 from ellm_jax.bench.slo_targets import FACTOR, Latencies, length_class, strictest, uncontended
+from ellm_jax.bench.tables import LATENCY_ROWS, Row, columns
 from ellm_jax.engine import Engine
 
 
@@ -200,17 +201,9 @@ def online_table(report: OnlineReport) -> str:
     return "\n\n".join(blocks)
 
 
-def _ms(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
-
-
 _ROWS: list[Row] = [
     ("attainment", lambda r: f"{r['attainment']:.1%}"),
     ("completed", lambda r: f"{r['completed']:g}/{r['requests']:g}"),
-    ("TTFT mean ms", lambda r: _ms(r["ttft_ms"]["mean"])),
-    ("TTFT p50 ms", lambda r: _ms(r["ttft_ms"]["p50"])),
-    ("TTFT p99 ms", lambda r: _ms(r["ttft_ms"]["p99"])),
-    ("TPOT mean ms", lambda r: _ms(r["tpot_ms"]["mean"])),
-    ("TPOT p99 ms", lambda r: _ms(r["tpot_ms"]["p99"])),
+    *LATENCY_ROWS,
     ("preemptions", lambda r: f"{r['preemptions']:g}"),
 ]

@@ -109,17 +109,19 @@ def run_offline(
     seed: int = 0,
     progress: bool = False,
     label: str = "Workload",
+    warm_up: bool = True,
 ) -> tuple[OfflineResult, Remarks]:
     """Runs a workload in real time, greedily, each answer exactly as long as asked.
 
-    Compiling and first touches are done before the clock starts.
+    Compiling and first touches are done before the clock starts. Without `warm_up` only those steps
+    are compiled that a few requests need.
 
     Raises:
         WorkloadError: a request that the engine cannot take.
     """
     check_lengths(engine, requests)
     prompts = make_prompts(engine, requests, seed)
-    prepare(engine, requests, seed)
+    prepare(engine, requests, seed, warm_up=warm_up)
 
     futures: list[Future[RequestOutput]] = []
     with (
@@ -165,12 +167,16 @@ def make_prompts(engine: Engine, requests: Sequence[TraceRequest], seed: int) ->
     return [r.prompt_ids(vocab_size, seed, index, encode) for index, r in enumerate(requests)]
 
 
-def prepare(engine: Engine, requests: Sequence[TraceRequest], seed: int) -> None:
-    """Compiles every step, lets a few requests touch everything, and starts from clean memory.
+def prepare(
+    engine: Engine, requests: Sequence[TraceRequest], seed: int, *, warm_up: bool = True
+) -> None:
+    """Compiles every step unless told not to, lets a few requests touch everything, and starts from
+    clean memory.
 
     The prompts are others than those of the workload, so that none is found in the prefix cache.
     """
-    engine.warm_up()
+    if warm_up:
+        engine.warm_up()
     others = [
         dataclasses.replace(request, prefix=None, prompt=None, token_ids=None)
         for request in requests[:_WARM_UP_REQUESTS]

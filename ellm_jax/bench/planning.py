@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tqdm import tqdm
 
 from ellm_jax._native import OutOfMemory
-from ellm_jax.bench.compare import Row, columns
 from ellm_jax.bench.measure import Spread
 from ellm_jax.bench.online import ATTAINMENT, highest_rate
 from ellm_jax.bench.slo_targets import FACTOR
+from ellm_jax.bench.tables import LATENCY_ROWS, Row, columns, peak_row
 from ellm_jax.bench.trace_request import TraceRequest
 from ellm_jax.bench.traces import at_poisson_rate
 from ellm_jax.config import format_bytes
@@ -235,14 +234,6 @@ def forecast_table(found: dict[str, PolicyForecast]) -> str:
     return "\n\n".join(blocks)
 
 
-def _ms(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
-
-
-def _size(owner: str) -> Callable[[dict[str, Any]], str]:
-    return lambda result: format_bytes(result["memory_peak"][owner])
-
-
 _ROWS: list[Row] = [
     ("requests/s", lambda r: f"{r['rate_per_s']:.3g}"),
     ("output tokens/s", lambda r: f"{r['output_tokens_per_s']:.1f}"),
@@ -251,14 +242,10 @@ _ROWS: list[Row] = [
     ("can never run", lambda r: f"{r['refused']}/{r['requests']}"),
     ("largest batch", lambda r: f"{r['largest_batch']}"),
     ("device busy", lambda r: f"{r['busy']:.1%}"),
-    ("TTFT mean ms", lambda r: _ms(r["ttft_ms"]["mean"])),
-    ("TTFT p50 ms", lambda r: _ms(r["ttft_ms"]["p50"])),
-    ("TTFT p99 ms", lambda r: _ms(r["ttft_ms"]["p99"])),
-    ("TPOT mean ms", lambda r: _ms(r["tpot_ms"]["mean"])),
-    ("TPOT p99 ms", lambda r: _ms(r["tpot_ms"]["p99"])),
+    *LATENCY_ROWS,
     ("cached tokens", lambda r: f"{r['cached_tokens']}"),
     ("preemptions", lambda r: f"{r['preemptions']}"),
     ("offloads", lambda r: f"{r['offloads']}"),
-    *((f"{owner} at most", _size(owner)) for owner in OWNERS),
+    *(peak_row(f"{owner} at most", owner) for owner in OWNERS),
     ("host at most", lambda r: format_bytes(r["host_peak_bytes"])),
 ]

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ellm_jax.models.shards import Piece
+
 # What XLA's CPU backend asks of a buffer that it shall use without a copy.
 ALIGNMENT_BYTES = 64
 
@@ -22,3 +24,13 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     raw = np.empty(size_bytes + ALIGNMENT_BYTES, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT_BYTES
     return raw[start : start + size_bytes].view(dtype).reshape(shape)
+
+
+def blank(param: NDArray[Any], axis: int | None, last: Piece) -> int:
+    """Zeroes what lies behind the last piece of a device's part, where a division was rounded up;
+    returns the bytes."""
+    if axis is None:
+        return 0
+    rest = param[(slice(None),) * axis + (slice(last.at + last.end - last.begin, None),)]
+    rest[...] = 0
+    return rest.nbytes

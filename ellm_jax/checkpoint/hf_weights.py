@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,20 +12,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ellm_jax.checkpoint.aligned import aligned_empty
+from ellm_jax.checkpoint.aligned import aligned_empty, blank
 from ellm_jax.checkpoint.errors import CheckpointError, a_few
 from ellm_jax.checkpoint.progress import Advance
-from ellm_jax.checkpoint.safetensors_file import DTYPES, SafetensorsFile, element_count
+from ellm_jax.checkpoint.safetensors_file import DTYPES, SafetensorsFile
 from ellm_jax.models import ModelConfig, Placement, checkpoint_tensors, param_shapes
+from ellm_jax.models.shards import WHOLE, Piece, Shards
 
 # What is read between two reports of progress, and held while a dtype is converted.
 PIECE_BYTES = 4 << 20
 
 
 def read_hf_params(
-    files: list[Path], config: ModelConfig, dtype: np.dtype[Any], advance: Advance
+    files: list[Path],
+    config: ModelConfig,
+    dtype: np.dtype[Any],
+    advance: Advance,
+    shards: Shards = WHOLE,
 ) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Yield the parameters of `param_shapes` one by one, complete, in `dtype`.
+    """Yield the parameters of `param_shapes` one by one, in `dtype`: of each the parts of all
+    devices, in their order. Only what a part holds is read for it.
 
     Every file is checked before the first byte of weights is read. Beyond the arrays it yields it
     holds one piece of `PIECE_BYTES`. `advance` is told bytes of the result.
@@ -41,12 +48,13 @@ def read_hf_params(
         for placement in placements:
             by_param[placement.param].append(placement)
         for name, shape in param_shapes(config).items():
-            param = aligned_empty(shape, dtype)
-            for placement in by_param[name]:
-                block = param if placement.layer is None else param[placement.layer]
-                rows = block[placement.row : placement.row + placement.shape[0]]
-                _fill(rows.reshape(-1), source[placement.name], placement.name, advance)
-            yield name, param
+            for index in range(shards.count):
+                param = aligned_empty(shards.part_shape(name, shape), dtype)
+                for piece in shards.pieces(name, config, shape, index):
+                    for placement in by_param[name]:
+                        _place(param, piece, placement, source[placement.name], advance)
+                advance(blank(param, shards.axis(name), piece))
+                yield name, param
 
 
 def _index(files: list[SafetensorsFile]) -> dict[str, SafetensorsFile]:
@@ -104,18 +112,44 @@ def _harmless(name: str, config: ModelConfig) -> bool:
     return config.tie_embeddings and name == "lm_head.weight"
 
 
-def _fill(target: NDArray[Any], file: SafetensorsFile, name: str, advance: Advance) -> None:
-    """Read a tensor into its flat, contiguous place, converting piece by piece where needed."""
+def _place(
+    param: NDArray[Any],
+    piece: Piece,
+    placement: Placement,
+    file: SafetensorsFile,
+    advance: Advance,
+) -> None:
+    """Read what a piece has of a tensor into its place in a device's part of the parameter."""
+    block = param if placement.layer is None else param[placement.layer]
+    if piece.axis == (0 if placement.layer is None else 1):
+        begin = max(piece.begin, placement.row)
+        end = min(piece.end, placement.row + placement.shape[0])
+        if begin < end:
+            at = piece.at + begin - piece.begin
+            first = (begin - placement.row) * math.prod(placement.shape[1:])
+            _fill(block[at : at + end - begin].reshape(-1), file, placement.name, first, advance)
+        return
+    columns = slice(piece.at, piece.at + piece.end - piece.begin)
+    for row in range(placement.shape[0]):
+        first = row * placement.shape[1] + piece.begin
+        _fill(block[placement.row + row, columns], file, placement.name, first, advance)
+
+
+def _fill(
+    target: NDArray[Any], file: SafetensorsFile, name: str, begin: int, advance: Advance
+) -> None:
+    """Read a tensor's elements from `begin` on into their flat, contiguous place, converting piece
+    by piece where needed."""
     tensor = file.tensors[name]
     stored = DTYPES[tensor.dtype]
     piece = PIECE_BYTES // max(stored.itemsize, target.itemsize)
-    staging = None if stored == target.dtype else np.empty(piece, stored)
-    for first in range(0, element_count(tensor), piece):
+    staging = None if stored == target.dtype else np.empty(min(piece, target.size), stored)
+    for first in range(0, target.size, piece):
         part = target[first : first + piece]
         if staging is None:
-            file.read_elements(tensor, first, part)
+            file.read_elements(tensor, begin + first, part)
         else:
             read = staging[: part.size]
-            file.read_elements(tensor, first, read)
+            file.read_elements(tensor, begin + first, read)
             part[:] = read
         advance(part.nbytes)

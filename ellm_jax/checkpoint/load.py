@@ -23,8 +23,11 @@ from ellm_jax.checkpoint.errors import CheckpointError
 from ellm_jax.checkpoint.hf_weights import read_hf_params
 from ellm_jax.checkpoint.orbax_weights import read_orbax_params
 from ellm_jax.checkpoint.progress import Advance, ProgressCallback, report
+from ellm_jax.checkpoint.random_weights import random_params
 from ellm_jax.models import ModelConfig, param_shapes
+from ellm_jax.models.collectives import each_device, mesh_of, param_sharding
 from ellm_jax.models.decoder import Decoder
+from ellm_jax.models.shards import WHOLE, Shards
 
 COMPUTE_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -34,17 +37,30 @@ _log = logging.getLogger(__name__)
 
 
 def load_model(
-    path: str | Path, *, dtype: str | None = None, progress: bool | ProgressCallback = False
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    progress: bool | ProgressCallback = False,
+    load_format: str = "auto",
+    placement: jax.sharding.Sharding | None = None,
+    shards: Shards = WHOLE,
 ) -> tuple[Decoder, ModelConfig]:
-    """Load a Hugging Face or converted directory onto JAX's default device.
+    """Load a Hugging Face or converted directory onto a device, or divided onto several.
 
     Host memory peaks at the weights plus a few MiB: bytes are read straight into the stacked
-    parameters, which on the CPU backend become the JAX arrays without a copy.
+    parameters, which on the CPU backend become the JAX arrays without a copy. Where devices have
+    memory of their own, it peaks at one device's part of the largest parameter. A device is given
+    its part alone, and only that is read for it.
 
     Args:
         path: the directory.
         dtype: of the parameters; None takes `resolve_dtype`'s choice.
         progress: True for a bar on stderr, or a callback of (bytes loaded, bytes in total).
+        load_format: "auto": the weights that are there; "dummy": random ones, for which the
+            directory needs no more than config.json.
+        placement: where the parameters go; None: JAX's default device. Divided, it is over the
+            mesh of the devices.
+        shards: how the model is divided.
 
     Raises:
         CheckpointError: if files are missing, damaged, or not what config.json describes.
@@ -53,19 +69,48 @@ def load_model(
     folder = checkpoint_directory(path)
     config = read_config(folder)
     chosen = resolve_dtype(config, dtype)
-    params = {}
-    with report(progress, "Loading weights", weights_bytes(config, chosen)) as advance:
-        for name, array in _read_params(folder, config, COMPUTE_DTYPES[chosen], advance):
-            # Where the device has its own memory, wait: at most one parameter lies on the host.
-            params[name] = jax.device_put(array).block_until_ready()
-    return Decoder.from_params(config, params), config
+    computed = COMPUTE_DTYPES[chosen]
+    places = each_device(placement)
+    parts: dict[str, list[jax.Array]] = {name: [] for name in param_shapes(config)}
+    total_bytes = shards.count * weights_bytes(config, chosen, shards)
+    with report(progress, "Loading weights", total_bytes) as advance:
+        if load_format == "dummy":
+            for name, part in random_params(config, computed, places, shards):
+                parts[name].append(part.block_until_ready())
+                advance(part.nbytes)
+        else:
+            for name, array in _read_params(folder, config, computed, advance, shards):
+                # Where the device has its own memory, wait: at most one part lies on the host.
+                place = places[len(parts[name])]
+                parts[name].append(jax.device_put(array, place).block_until_ready())
+    params = {name: _joined(name, config, shards, placement, parts[name]) for name in parts}
+    return Decoder.from_params(config, params, shards), config
 
 
-def weights_bytes(model: str | Path | ModelConfig, dtype: str | None = None) -> int:
-    """Bytes of a model's parameters, exactly, without loading them."""
+def _joined(
+    name: str,
+    config: ModelConfig,
+    shards: Shards,
+    placement: jax.sharding.Sharding | None,
+    parts: list[jax.Array],
+) -> jax.Array:
+    """One array of the devices' parts; nothing moves."""
+    mesh = mesh_of(placement)
+    if mesh is None:
+        return parts[0]
+    shape = shards.joint_shape(name, param_shapes(config)[name])
+    sharding = param_sharding(mesh, shards, name)
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+
+def weights_bytes(
+    model: str | Path | ModelConfig, dtype: str | None = None, shards: Shards = WHOLE
+) -> int:
+    """Bytes of a model's parameters on each device, exactly, without loading them."""
     config = model if isinstance(model, ModelConfig) else read_config(model)
     itemsize = COMPUTE_DTYPES[resolve_dtype(config, dtype)].itemsize
-    return itemsize * sum(math.prod(shape) for shape in param_shapes(config).values())
+    shapes = (shards.part_shape(name, shape) for name, shape in param_shapes(config).items())
+    return itemsize * sum(math.prod(shape) for shape in shapes)
 
 
 def resolve_dtype(config: ModelConfig, dtype: str | None) -> str:
@@ -95,8 +140,8 @@ def resolve_dtype(config: ModelConfig, dtype: str | None) -> str:
 
 
 def _read_params(
-    folder: Path, config: ModelConfig, dtype: np.dtype[Any], advance: Advance
+    folder: Path, config: ModelConfig, dtype: np.dtype[Any], advance: Advance, shards: Shards
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     if has_orbax_weights(folder):
-        return read_orbax_params(folder, config, dtype, advance)
-    return read_hf_params(weight_files(folder), config, dtype, advance)
+        return read_orbax_params(folder, config, dtype, advance, shards)
+    return read_hf_params(weight_files(folder), config, dtype, advance, shards)

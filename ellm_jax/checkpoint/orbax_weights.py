@@ -6,6 +6,7 @@ which Orbax stores them with, block by block into memory that JAX then uses in p
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping
@@ -18,11 +19,12 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from numpy.typing import NDArray
 
-from ellm_jax.checkpoint.aligned import aligned_empty
+from ellm_jax.checkpoint.aligned import aligned_empty, blank
 from ellm_jax.checkpoint.directory import ORBAX_FOLDER
 from ellm_jax.checkpoint.errors import CheckpointError, a_few
 from ellm_jax.checkpoint.progress import Advance
 from ellm_jax.models import ModelConfig, param_shapes
+from ellm_jax.models.shards import WHOLE, Piece, Shards
 
 # What is read, decompressed and converted at a time.
 BLOCK_BYTES = 2 << 20
@@ -47,9 +49,14 @@ def write_orbax_params(folder: Path, params: Mapping[str, jax.Array]) -> None:
 
 
 def read_orbax_params(
-    folder: Path, config: ModelConfig, dtype: np.dtype[Any], advance: Advance
+    folder: Path,
+    config: ModelConfig,
+    dtype: np.dtype[Any],
+    advance: Advance,
+    shards: Shards = WHOLE,
 ) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Yield the parameters of `param_shapes` one by one, complete, in `dtype`.
+    """Yield the parameters of `param_shapes` one by one, in `dtype`: of each the parts of all
+    devices, in their order.
 
     Raises:
         CheckpointError: if the checkpoint is damaged or not of this model.
@@ -60,23 +67,33 @@ def read_orbax_params(
     # No cache: a block is wanted once.
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
     for name, shape in shapes.items():
-        try:
+        with _named(name, root):
             stored = ts.open(_spec(root, name), open=True, context=context).result()
             if stored.shape != shape:
                 raise CheckpointError(
                     f"{name} in {root} has shape {list(stored.shape)}; config.json asks for "
                     f"{list(shape)}. Convert the model again."
                 )
-            param = aligned_empty(shape, dtype)
-            _fill(param, stored, advance)
-        # TensorStore reports damage of every kind as a ValueError.
-        except (ValueError, OSError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(
-                f"{name} in {root} cannot be read: {error}. Convert the model again."
-            ) from error
-        yield name, param
+        for index in range(shards.count):
+            param = aligned_empty(shards.part_shape(name, shape), dtype)
+            with _named(name, root):
+                for piece in shards.pieces(name, config, shape, index):
+                    _fill(param, stored, piece, advance)
+            advance(blank(param, shards.axis(name), piece))
+            yield name, param
+
+
+@contextlib.contextmanager
+def _named(name: str, root: Path) -> Iterator[None]:
+    """Errors say which array could not be read. TensorStore's are ValueErrors, of every kind."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{name} in {root} cannot be read: {error}. Convert the model again."
+        ) from error
 
 
 def _check_names(root: Path, wanted: set[str]) -> None:
@@ -104,18 +121,27 @@ def _spec(root: Path, name: str) -> dict[str, Any]:
     return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
 
 
-def _fill(param: NDArray[Any], stored: Any, advance: Advance) -> None:
-    """Copy the stored array block by block, as it was chunked, converting the dtype."""
+def _fill(param: NDArray[Any], stored: Any, piece: Piece, advance: Advance) -> None:
+    """Copy a piece of the stored array block by block, as it was chunked, converting the dtype."""
     source = stored if stored.dtype == param.dtype else ts.cast(stored, param.dtype)
     target = ts.array(param)
     steps = stored.chunk_layout.read_chunk.shape
-    corners = itertools.product(
-        *(range(0, size, step) for size, step in zip(param.shape, steps, strict=True))
+    bounds = [(0, size) for size in stored.shape]
+    bounds[piece.axis] = (piece.begin, piece.end)
+    shift = [0] * len(bounds)
+    shift[piece.axis] = piece.at - piece.begin
+    starts = (
+        range(begin - begin % step, end, step)
+        for (begin, end), step in zip(bounds, steps, strict=True)
     )
-    for corner in corners:
-        block = tuple(
-            slice(start, min(start + step, size))
-            for start, step, size in zip(corner, steps, param.shape, strict=True)
+    for corner in itertools.product(*starts):
+        block = [
+            (max(start, begin), min(start + step, end))
+            for start, step, (begin, end) in zip(corner, steps, bounds, strict=True)
+        ]
+        read = tuple(slice(begin, end) for begin, end in block)
+        written = tuple(
+            slice(begin + by, end + by) for (begin, end), by in zip(block, shift, strict=True)
         )
-        target[block].write(source[block]).result()
-        advance(param[block].nbytes)
+        target[written].write(source[read]).result()
+        advance(param[written].nbytes)

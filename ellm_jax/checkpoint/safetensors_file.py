@@ -7,7 +7,6 @@ would be held twice while it loads.
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,11 +110,6 @@ class SafetensorsFile:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def element_count(tensor: StoredTensor) -> int:
-    """Number of elements of a tensor."""
-    return math.prod(tensor.shape)
 
 
 def _size_bytes(path: Path) -> int:

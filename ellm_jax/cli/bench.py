@@ -7,7 +7,7 @@ from typing import Any
 
 from ellm_jax.bench.workload import make_workload, workload_lines
 from ellm_jax.cli import bench_memory, bench_offline, bench_online, bench_picture
-from ellm_jax.cli.bench_options import bounds, rate, whole
+from ellm_jax.cli.bench_options import add_lengths, rate, whole
 
 _EXAMPLES = """\
 examples:
@@ -54,20 +54,7 @@ def _add_workload(kinds: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--requests", type=whole, default=64, metavar="N", help="how many")
-    parser.add_argument(
-        "--prompt-len",
-        type=bounds,
-        default=(32, 512),
-        metavar="LOW:HIGH",
-        help="tokens of a prompt (default: 32:512)",
-    )
-    parser.add_argument(
-        "--output-len",
-        type=bounds,
-        default=(16, 256),
-        metavar="LOW:HIGH",
-        help="tokens of an answer (default: 16:256)",
-    )
+    add_lengths(parser, prompt=(32, 512), output=(16, 256), tokens_of="tokens of each")
     parser.add_argument(
         "--rate", type=rate, metavar="R", help="requests per second (default: all at the start)"
     )

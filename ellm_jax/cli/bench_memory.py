@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any
 
 from ellm_jax.cli import bench_options
-from ellm_jax.cli.console import note, plain_errors, write_json
+from ellm_jax.cli.console import note, plain_errors
 
 _EXAMPLES = """\
 examples:
@@ -61,8 +61,7 @@ def add_kind(kinds: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ellm_jax.bench.capacity import CAPACITY_ROWS, compare_capacity
-    from ellm_jax.bench.compare import columns
+    from ellm_jax.bench.capacity import capacity_table, compare_capacity
 
     make = bench_options.engine_maker(args)
     quiet = not bench_options.shows_progress(args)
@@ -77,18 +76,14 @@ def _run(args: argparse.Namespace) -> int:
             seed=args.seed,
             tell=lambda text: note(f"ellm: {text}", quiet=quiet),
         )
-    runs = {policy: [dataclasses.asdict(f) for f in found] for policy, found in results.items()}
     report = {
         "kind": "memory",
         "label": args.label or "",
         "prefill": args.prefill,
-        "policies": {policy: {"runs": found} for policy, found in runs.items()},
+        "policies": {
+            policy: {"runs": [dataclasses.asdict(f) for f in found]}
+            for policy, found in results.items()
+        },
     }
-    bench_options.save(args.save, report)
-    if args.json:
-        write_json(report)
-        return 0
-    for number, context in enumerate(args.context):
-        print(f"{chr(10) if number else ''}context of {context} tokens")
-        print(columns(CAPACITY_ROWS, {policy: found[number] for policy, found in runs.items()}))
+    bench_options.publish(args, report, capacity_table(results))
     return 0

@@ -7,7 +7,7 @@ from typing import Any
 
 from ellm_jax.bench.traces import TraceRequest
 from ellm_jax.cli import bench_options, options
-from ellm_jax.cli.console import Failure, plain_errors, write_json
+from ellm_jax.cli.console import Failure, plain_errors
 
 _EXAMPLES = """\
 examples:
@@ -39,17 +39,9 @@ def add_kind(kinds: Any) -> None:
     bench_options.add_trace(
         parser, help="lengths of the requests, a workload or a trace (default: random ones)"
     )
-    for name, default, what in (
-        ("--prompt-len", (64, 256), "prompt"),
-        ("--output-len", (32, 64), "answer"),
-    ):
-        parser.add_argument(
-            name,
-            type=bench_options.bounds,
-            default=default,
-            metavar="LOW:HIGH",
-            help=f"without a file: tokens of a random {what} (default: {default[0]}:{default[1]})",
-        )
+    bench_options.add_lengths(
+        parser, prompt=(64, 256), output=(32, 64), tokens_of="without a file: tokens of a random"
+    )
     parser.add_argument(
         "--rate",
         type=bench_options.rate,
@@ -132,11 +124,7 @@ def _run(args: argparse.Namespace) -> int:
         "workload": workload_summary(requests),
         **found.to_dict(),
     }
-    bench_options.save(args.save, report)
-    if args.json:
-        write_json(report)
-    else:
-        print(online_table(found))
+    bench_options.publish(args, report, online_table(found))
     return 0
 
 

@@ -19,7 +19,7 @@ from ellm_jax.bench.traces import (
     read_trace,
 )
 from ellm_jax.cli import options
-from ellm_jax.cli.console import Failure, note, plain_errors, reading
+from ellm_jax.cli.console import Failure, note, plain_errors, reading, write_json
 from ellm_jax.scheduler.policy import POLICIES
 
 if TYPE_CHECKING:
@@ -44,13 +44,9 @@ def add_engine(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     options.add_engine_options(parser, leave_out=("policy",), **defaults)
 
 
-def add_trace(parser: argparse.ArgumentParser, **workload: Any) -> None:
-    """--workload, which `workload` is the rest of, and how it is made to fit."""
-    parser.add_argument(
-        "--workload",
-        metavar="FILE",
-        **workload,
-    )
+def add_trace(parser: argparse.ArgumentParser, name: str = "--workload", **more: Any) -> None:
+    """The option for a file of requests, which `more` is the rest of, and how it is made to fit."""
+    parser.add_argument(name, metavar="FILE", **more)
     parser.add_argument(
         "--format",
         choices=FORMATS,
@@ -65,6 +61,24 @@ def add_trace(parser: argparse.ArgumentParser, **workload: Any) -> None:
     parser.add_argument(
         "--max-output-len", type=positive, metavar="N", help="shorten longer answers"
     )
+
+
+def add_lengths(
+    parser: argparse.ArgumentParser,
+    *,
+    prompt: tuple[int, int],
+    output: tuple[int, int],
+    tokens_of: str,
+) -> None:
+    """--prompt-len and --output-len of random requests, with their defaults."""
+    for name, bound, what in (("prompt", prompt, "prompt"), ("output", output, "answer")):
+        parser.add_argument(
+            f"--{name}-len",
+            type=bounds,
+            default=bound,
+            metavar="LOW:HIGH",
+            help=f"{tokens_of} {what} (default: {bound[0]}:{bound[1]})",
+        )
 
 
 def add_run(parser: argparse.ArgumentParser, *, repeats: bool = True) -> None:
@@ -112,18 +126,24 @@ def shows_progress(args: argparse.Namespace) -> bool:
 
 
 def read_requests(args: argparse.Namespace) -> list[TraceRequest]:
-    """The workload that --workload names, made to fit.
+    """The workload that --workload names, made to fit; texts are counted as the model does.
 
     Raises:
         Failure: it cannot be read, or makes no sense.
     """
-    with reading(args.workload) as file:
+    return read_fitting(args.workload, args, _token_counter(args.model))
+
+
+def read_fitting(
+    name: str, args: argparse.Namespace, count_tokens: Callable[[str], int] = estimated_tokens
+) -> list[TraceRequest]:
+    """A file of requests, made to fit as the options of `add_trace` say. Raises as
+    `read_requests`."""
+    with reading(name) as file:
         try:
-            requests = read_trace(
-                file, args.format, limit=args.limit, count_tokens=_token_counter(args.model)
-            )
+            requests = read_trace(file, args.format, limit=args.limit, count_tokens=count_tokens)
         except WorkloadError as error:
-            raise Failure(f"{args.workload}: {error}") from error
+            raise Failure(f"{name}: {error}") from error
     return clamped(requests, args.max_prompt_len, args.max_output_len)
 
 
@@ -154,6 +174,15 @@ def label(args: argparse.Namespace, requests: Sequence[TraceRequest]) -> str:
     prompts = sorted(request.prompt_tokens for request in requests)
     outputs = sorted(request.output_tokens for request in requests)
     return args.label or f"{prompts[len(prompts) // 2]}/{outputs[len(outputs) // 2]}"
+
+
+def publish(args: argparse.Namespace, report: Mapping[str, Any], table: str) -> None:
+    """Saves a result where --save says, and writes it out: as JSON, or as a table for people."""
+    save(args.save, report)
+    if args.json:
+        write_json(report)
+    else:
+        print(table)
 
 
 def save(path: str | None, result: Mapping[str, Any]) -> None:

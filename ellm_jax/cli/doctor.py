@@ -8,7 +8,8 @@ import itertools
 from typing import Any
 
 from ellm_jax.cli.console import write_json
-from ellm_jax.doctor import Finding, examine
+from ellm_jax.doctor import examine
+from ellm_jax.doctor_finding import Finding
 
 _EXAMPLES = """\
 examples:

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from ellm_jax.config import POLICY_NAMES, EngineConfig
+from ellm_jax.config import DEVICES, LOAD_FORMATS, POLICY_NAMES, EngineConfig
 from ellm_jax.sampling import MIN_TEMPERATURE, SamplingParams
 
 _T = TypeVar("_T")
@@ -24,6 +24,8 @@ _OWN_HELP = {"progress": "no progress bars and no summary; only results and erro
 _METAVARS = {
     "device_memory": "SIZE",
     "host_memory": "SIZE",
+    "device": "{" + ",".join(DEVICES) + "}",
+    "load_format": "{" + ",".join(LOAD_FORMATS) + "}",
     "dtype": "{float32,bfloat16}",
     "policy": "{" + ",".join(POLICY_NAMES) + "}",
     "compilation_cache": "DIR",

@@ -7,14 +7,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
-from ellm_jax.bench.traces import (
-    FORMATS,
-    TraceRequest,
-    WorkloadError,
-    at_rate,
-    clamped,
-    read_trace,
-)
+from ellm_jax.bench.traces import TraceRequest, WorkloadError, at_rate
 from ellm_jax.cli import bench_options, options
 from ellm_jax.cli.console import Failure, plain_errors, reading, write_json
 from ellm_jax.config import DTYPES, format_bytes, parse_bytes
@@ -56,16 +49,9 @@ def add_command(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     options.add_model_option(parser)
-    parser.add_argument(
-        "--trace", metavar="FILE", required=True, help="the requests; - for standard input"
+    bench_options.add_trace(
+        parser, "--trace", required=True, help="the requests; - for standard input"
     )
-    parser.add_argument(
-        "--format", choices=FORMATS, help="of the trace (default: found out from its content)"
-    )
-    whole = bench_options.positive
-    parser.add_argument("--limit", type=whole, metavar="N", help="read so many requests of it")
-    parser.add_argument("--max-prompt-len", type=whole, metavar="N", help="cut longer prompts")
-    parser.add_argument("--max-output-len", type=whole, metavar="N", help="shorten longer answers")
     parser.add_argument(
         "--rate",
         type=bench_options.rate,
@@ -188,12 +174,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _read_trace(args: argparse.Namespace) -> list[TraceRequest]:
-    with reading(args.trace) as file:
-        try:
-            trace = read_trace(file, args.format, limit=args.limit)
-        except WorkloadError as error:
-            raise Failure(f"{args.trace}: {error}") from error
-    trace = clamped(trace, args.max_prompt_len, args.max_output_len)
+    trace = bench_options.read_fitting(args.trace, args)
     if args.rate is None:
         return trace
     try:

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ellm_jax._native import KvCache, OutOfMemory
+from ellm_jax._native import OutOfMemory
 from ellm_jax.memory.events import EventLog
+from ellm_jax.memory.lockstep import AnyKv
 
 
 class Buffer(Protocol):
@@ -39,12 +40,12 @@ class CopyEngine(Protocol):
     """The native `Copier`, or the simulator's."""
 
     def offload(
-        self, kv: KvCache, slot: int, first_tile: int, buffer: Any, blocks: Sequence[int], /
+        self, kv: Any, slot: int, first_tile: int, buffer: Any, blocks: Sequence[int], /
     ) -> int:
         """Starts copying chunks of a slot to blocks; returns a ticket."""
 
     def fetch(
-        self, kv: KvCache, slot: int, first_tile: int, buffer: Any, blocks: Sequence[int], /
+        self, kv: Any, slot: int, first_tile: int, buffer: Any, blocks: Sequence[int], /
     ) -> int:
         """Starts copying blocks to chunks of a slot; returns a ticket."""
 
@@ -92,7 +93,7 @@ class HostTier:
         self,
         buffer: Buffer,
         copier: CopyEngine,
-        kv: KvCache,
+        kv: AnyKv,
         events: EventLog,
         observe_copy: Callable[[int, float], None] = lambda count_bytes, seconds: None,
     ):

@@ -7,11 +7,13 @@ activations that grow take slots of ended requests, then cached prefixes (eLLM s
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ellm_jax._native import Arena, KvCache, OutOfMemory, Pool
+from ellm_jax._native import OutOfMemory
+from ellm_jax.memory.balloon import Balloon
 from ellm_jax.memory.events import EventLog
+from ellm_jax.memory.lockstep import AnyArena, AnyKv, AnyPool, LockstepPool
 from ellm_jax.memory.prefix import PrefixCache
 
 _log = logging.getLogger(__name__)
@@ -41,24 +43,22 @@ class Ledger:
 
     def __init__(
         self,
-        pool: Pool,
-        kv: KvCache,
+        pool: AnyPool,
+        kv: AnyKv,
         events: EventLog,
         *,
-        trim_heap: Callable[[], object],
-        retained_bytes: int,
+        balloon: Balloon,
         prefix_caching: bool,
         floor_bytes: int = 0,
-        arena: Arena | None = None,
+        arena: AnyArena | None = None,
     ):
-        """Takes the pool, with the weights already in it, and the KV cache over it.
+        """Takes the pool and the KV cache over it.
 
         Args:
-            pool: the one pool.
+            pool: the one pool, with the weights and the engine's own arrays counted in it.
             kv: slots over it.
             events: where moves are recorded.
-            trim_heap: gives what the activations' allocator keeps unused back to the system.
-            retained_bytes: how much it keeps at most; the rest it gives back when a step ends.
+            balloon: steers the allocator that weights, arrays and activations come from.
             prefix_caching: keep finished prefixes for reuse.
             floor_bytes: what activations hold at all times, needed or not: a static reservation.
             arena: activation virtual tensors, where the kernels take their workspaces.
@@ -66,8 +66,7 @@ class Ledger:
         self._pool = pool
         self.kv = kv
         self.events = events
-        self._trim_heap = trim_heap
-        self._retained_bytes = retained_bytes
+        self._balloon = balloon
         self.prefix = PrefixCache(pool.cache, pool.uncache) if prefix_caching else None
         self._arena = arena
         self.chunk_bytes = pool.chunk_bytes
@@ -76,9 +75,12 @@ class Ledger:
         self._leases: list[Lease] = []
         self._needed = 0  # by the steps in flight
         self._held = 0  # needed, the floor, and what is kept for the next step
+        usage = pool.usage()
+        self._fixed = usage["weights"] + usage["workspace"]  # of XLA's allocator, beside `_held`
         self._taken: dict[int, int] = {}  # chunks by slot, those being mapped included
         self._premapped: dict[int, int] = {}  # slots with such: their chunks before
         self._hold(floor_bytes)
+        self._balloon.keep(self._fixed + floor_bytes)
 
     # What there is.
 
@@ -244,7 +246,7 @@ class Ledger:
         for the next one stays theirs, until KV is short of it."""
         self._leases.remove(lease)
         self._needed = max((other.need_bytes for other in self._leases), default=0)
-        keep = max(self._needed, self.floor_bytes, min(self._held, self._retained_bytes))
+        keep = max(self._needed, self.floor_bytes, min(self._held, self._balloon.retained_bytes))
         if self._held > keep:
             self._hold(keep)
 
@@ -282,7 +284,7 @@ class Ledger:
         given = 0 if self._arena is None else self._arena.collect(short)
         if given < short and self._held > wanted:
             given += self._held - wanted
-            self._trim_heap()
+            self._balloon.trim(self._fixed + wanted)
             self._hold(wanted)
         if given:
             self.events.add("inflate", given, f"{chunks} chunks of KV", begin)
@@ -291,15 +293,18 @@ class Ledger:
     def _hold(self, count_bytes: int) -> None:
         """Makes the activations' share exactly so large."""
         change = count_bytes - self._held
+        if not change:
+            return
         if change > 0:
             try:
                 self._pool.reserve("activation", change)
             except OutOfMemory:
                 self.kv.reclaim(change)
                 self._pool.reserve("activation", change)
-        elif change < 0:
+        else:
             self._pool.give_back("activation", -change)
         self._held = count_bytes
+        self._balloon.keep(self._fixed + count_bytes)
 
     def trim(self) -> int:
         """Gives memory that nobody uses back to the system, as far as the system takes it; cached
@@ -313,8 +318,12 @@ class Ledger:
             self._pool.trim(0)
         except RuntimeError as error:
             _log.warning("unused memory could not be given back: %s", error)
-        self._trim_heap()
-        self._hold(max(self._needed, self.floor_bytes))
+        idle = max(self._needed, self.floor_bytes)
+        try:
+            self._balloon.trim(self._fixed + idle)
+        except RuntimeError as error:
+            _log.warning("what activations keep unused could not be given back: %s", error)
+        self._hold(idle)
         given = before - self._pool.usage()["physical"]
         if given > 0:
             self.events.add("trim", given, "idle", begin)
@@ -364,10 +373,14 @@ class Ledger:
         """Counts weights that come back. Raises OutOfMemory where they do not fit."""
         self._make_room(self._held + count_bytes, 0)
         self._pool.reserve("weights", count_bytes)
+        self._fixed += count_bytes
+        self._balloon.keep(self._fixed + self._held)
 
     def give_weights(self, count_bytes: int) -> None:
         """Counts weights that went."""
         self._pool.give_back("weights", count_bytes)
+        self._fixed -= count_bytes
+        self._balloon.keep(self._fixed + self._held)
 
     def close(self) -> None:
         """Unmaps everything and gives it back to the system. No step may be in flight."""
@@ -398,6 +411,8 @@ class Ledger:
         Raises:
             AssertionError: they do not; with the numbers.
         """
+        if isinstance(self._pool, LockstepPool):
+            self._pool.check()
         usage = self._pool.usage()
         total = sum(usage[owner] for owner in OWNERS)
         assert total == usage["limit"], f"ledger is off by {total - usage['limit']}: {usage}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
-_MARGIN = 0.1
+MARGIN = 0.1
 """Share of the free memory that is left to the rest of the machine."""
 
 
@@ -36,4 +36,4 @@ def free_memory_bytes() -> int:
 
 def default_limit_bytes() -> int:
     """The limit of an engine that was given none: what is free now, less a tenth."""
-    return int(free_memory_bytes() * (1 - _MARGIN))
+    return int(free_memory_bytes() * (1 - MARGIN))

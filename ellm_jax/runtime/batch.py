@@ -2,7 +2,7 @@
 
 One array because a jitted call costs about a microsecond per argument. Floats travel as their
 bits. The first four words and the spans are read by the native handlers too: they stand in
-`xla_ffi/ffi/step_header.h` and `SequenceSpan`.
+`xla_ffi/kv/step.h`.
 """
 
 from __future__ import annotations
@@ -152,6 +152,15 @@ class StepLayout:
             sample_slots=part("sample_slots"),
             sampling=SamplingInputs(*(part(name) for name in _SAMPLING_DTYPES)),
         )
+
+
+def sequences_of(words: int, rows: int) -> int:
+    """S of the layout (`StepLayout`) that has so many words for T = `rows`."""
+    per_row = 3  # token, position, target
+    per_sequence = SPAN_WORDS + 2 + len(_SAMPLING_DTYPES)
+    sequences, rest = divmod(words - HEADER_WORDS - per_row * rows, per_sequence)
+    assert (rest, sequences > 0) == (0, True), f"no layout has {words} words for {rows} rows"
+    return sequences
 
 
 def resolve_tokens(tokens: jax.Array, last_tokens: jax.Array) -> jax.Array:

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import jax
 
-from ellm_jax.models.config import ModelConfig
-from ellm_jax.runtime.shapes import StepShape
-
 # A margin for allocator rounding, the small buffers of the dispatch and the kernels' scratch of
 # each thread. Chosen, not measured; the resident memory test bounds what it may hide.
 _SLACK_BYTES = 1 << 20
 
 
-def step_need_bytes(compiled: jax.stages.Compiled, config: ModelConfig, shape: StepShape) -> int:
-    """Bytes of temporaries and results of one step, and of the kernels' own buffers.
-
-    The kernels widen the rows of a bfloat16 matrix product to float32, one product at a time.
-    """
+def step_need_bytes(compiled: jax.stages.Compiled, extra_bytes: int) -> int:
+    """Bytes of temporaries and results of one step, and of the kernels' own buffers."""
     stats = compiled.memory_analysis()
     assert stats is not None, "this backend does not state what a compiled step needs"
     results = max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes)
-    widest = max(config.hidden_size, config.intermediate_size, config.q_size)
-    widened = 4 * shape.rows * (widest + 16)
-    return int(stats.temp_size_in_bytes + results + widened + _SLACK_BYTES)
+    return int(stats.temp_size_in_bytes + results + extra_bytes + _SLACK_BYTES)

@@ -11,22 +11,32 @@ import jax
 import numpy as np
 from flax import nnx
 
+from ellm_jax.models.collectives import mesh_of, on_each
 from ellm_jax.models.config import ModelConfig
 from ellm_jax.models.decoder import Decoder
-from ellm_jax.runtime import ops, sampler
+from ellm_jax.runtime import sampler
+from ellm_jax.runtime.backend import Backend, native_backend
 from ellm_jax.runtime.batch import Span, StepLayout
 from ellm_jax.runtime.failures import StepFailed
 from ellm_jax.runtime.need import step_need_bytes
 from ellm_jax.runtime.sampler import SamplerState, SamplingInputs
 from ellm_jax.runtime.shapes import StepKey
-from ellm_jax.runtime.step import StepFunction, StepResult, build_step, initial_carry
-
-Int32Array = np.ndarray[tuple[int], np.dtype[np.int32]]
+from ellm_jax.runtime.spmd import on_all, wait_everywhere
+from ellm_jax.runtime.step import (
+    Sampling,
+    StepCarry,
+    StepFunction,
+    StepResult,
+    build_step,
+    initial_carry,
+    on_one,
+)
 
 
 @dataclass(frozen=True)
 class _Step:
-    call: StepFunction
+    greedy: StepFunction  # when no row asks for more
+    sampled: StepFunction
     layout: StepLayout
     need_bytes: int
 
@@ -38,20 +48,32 @@ class Runner:
     """
 
     def __init__(
-        self, model: Decoder, config: ModelConfig, kv_id: int, num_slots: int, state_rows: int
+        self,
+        model: Decoder,
+        config: ModelConfig,
+        kv_id: int,
+        num_slots: int,
+        state_rows: int,
+        backend: Backend | None = None,
     ):
         """Takes the loaded model; `kv_id` is the registry id of its KV cache, `state_rows` the
-        length of the sampler state, the neutral row included."""
-        ops.register()
+        length of the sampler state, the neutral row included. `backend` is that of the CPU unless
+        given; a model that is divided among devices comes with one whose placement is all of
+        them."""
+        self._backend = native_backend() if backend is None else backend
+        self._mesh = mesh_of(self._backend.placement)
         self._graph, self._weights = nnx.split(model)
         self.config = config
         self._kv_id = kv_id
         self._num_slots = num_slots
         self._steps: dict[StepKey, _Step] = {}
         self._lock = threading.Lock()
-        self._carry = initial_carry(num_slots)
-        self._state = sampler.init_state(state_rows, config.vocab_size)
-        self._set_row: Callable[..., SamplerState] = jax.jit(sampler.set_row, donate_argnums=0)
+        self._carry, self._state = self._fresh(state_rows)
+        self._set_row: Callable[..., SamplerState] = jax.jit(
+            sampler.set_row,
+            donate_argnums=0,
+            out_shardings=None if self._mesh is None else on_each(self._mesh),
+        )
 
     def compile(self, key: StepKey) -> int:
         """Compiles a step if it is not yet, and returns its need in bytes."""
@@ -70,13 +92,52 @@ class Runner:
 
     def _build(self, key: StepKey) -> _Step:
         layout = StepLayout(key.shape, self._num_slots)
-        call = build_step(self._graph, layout, key.mode)
+        if self._backend.prepare is not None:
+            self._backend.prepare(self.config, key.shape)
+        if not self._backend.host_skips:
+            call, need_bytes = self._compiled(key, layout, "any")
+            return _Step(call, call, layout, need_bytes)
+        greedy, least_bytes = self._compiled(key, layout, "greedy")
+        sampled, need_bytes = self._compiled(key, layout, "all")
+        return _Step(greedy, sampled, layout, max(least_bytes, need_bytes))
+
+    def _compiled(
+        self, key: StepKey, layout: StepLayout, sampling: Sampling
+    ) -> tuple[StepFunction, int]:
+        """A step's function, compiled, and what it needs in bytes."""
+        step = build_step(self._graph, layout, key.mode, self._backend.make_ops, sampling)
+        options = self._backend.compiler_options
+        if self._mesh is None:
+            call = on_one(step, options)
+        else:
+            call = on_all(step, self._mesh, self._weights, options)
         meta = jax.ShapeDtypeStruct((layout.words,), np.int32)
-        carry = jax.eval_shape(lambda: initial_carry(self._num_slots))
         rows, vocab = self.state_rows, self.config.vocab_size
-        state = jax.eval_shape(lambda: sampler.init_state(rows, vocab))
+        carry = self._abstract(jax.eval_shape(lambda: initial_carry(self._num_slots)))
+        state = self._abstract(jax.eval_shape(lambda: sampler.init_state(rows, vocab)))
         compiled = call.lower(self._weights, meta, carry, state).compile()  # type: ignore[attr-defined]
-        return _Step(call, layout, step_need_bytes(compiled, self.config, key.shape))
+        extra_bytes = self._backend.extra_bytes(self.config, key.shape)
+        return call, step_need_bytes(compiled, extra_bytes)
+
+    def _fresh(self, state_rows: int) -> tuple[StepCarry, SamplerState]:
+        """What the first step is handed."""
+
+        def make() -> tuple[StepCarry, SamplerState]:
+            carry = initial_carry(self._num_slots)
+            return carry, sampler.init_state(state_rows, self.config.vocab_size)
+
+        if self._backend.placement is None:
+            return make()
+        placed: tuple[StepCarry, SamplerState]
+        placed = jax.jit(make, out_shardings=self._backend.placement)()
+        return placed
+
+    def _abstract(self, tree: Any) -> Any:
+        """Shapes and dtypes, and where the arrays lie if that is not JAX's default."""
+        placement = self._backend.placement
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), tree
+        )
 
     @property
     def state_rows(self) -> int:
@@ -85,10 +146,14 @@ class Runner:
 
     def drop_weights(self) -> None:
         """Gives the weights' memory back; no step may run until `set_weights`."""
-        # What compiling goes by stays: shapes and dtypes.
-        self._weights = jax.tree.map(
-            lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), self._weights
-        )
+        # What compiling goes by stays.
+        if self._mesh is None:
+            self._weights = self._abstract(self._weights)
+        else:
+            self._weights = jax.tree.map(
+                lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding),
+                self._weights,
+            )
 
     def set_weights(self, model: Decoder) -> None:
         """Takes the weights of the same model, loaded again."""
@@ -114,11 +179,16 @@ class Runner:
             StepFailed: it could not be started.
         """
         step = self._steps[key]
-        meta: Any = step.layout.pack(self._kv_id, spans, sampling, targets)
+        packed = step.layout.pack(self._kv_id, spans, sampling, targets)
+        if self._backend.check is not None:
+            try:
+                self._backend.check(packed)
+            except (RuntimeError, ValueError) as error:
+                raise StepFailed(str(error)) from error
+        call = step.greedy if sampling is None else step.sampled
+        meta: Any = packed
         try:
-            result, self._carry, self._state = step.call(
-                self._weights, meta, self._carry, self._state
-            )
+            result, self._carry, self._state = call(self._weights, meta, self._carry, self._state)
         except jax.errors.JaxRuntimeError as error:
             self.recover()
             raise StepFailed(str(error)) from error
@@ -131,9 +201,13 @@ class Runner:
             StepFailed: the step ended with an error. The order of later steps is restored.
         """
         try:
+            if self._mesh is not None:
+                jax.block_until_ready(result)  # what is read below is one device's
             host: StepResult = jax.tree.map(np.asarray, result)
             return host
         except jax.errors.JaxRuntimeError as error:
+            if self._mesh is not None:
+                wait_everywhere(result)
             self.recover()
             raise StepFailed(str(error)) from error
 
@@ -142,5 +216,12 @@ class Runner:
         have handed on does not exist."""
         rows = self.state_rows
         del self._carry, self._state  # not to hold two of them at once
-        self._carry = initial_carry(self._num_slots)
-        self._state = sampler.init_state(rows, self.config.vocab_size)
+        self._carry, self._state = self._fresh(rows)
+
+    def settle(self) -> None:
+        """Waits for every step dispatched so far.
+
+        Raises:
+            jax.errors.JaxRuntimeError: one of them failed; `wait` will tell.
+        """
+        jax.block_until_ready(self._carry)

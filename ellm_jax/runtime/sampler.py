@@ -174,21 +174,22 @@ def state_row(
     return words, bias
 
 
-def greedy(logits: jax.Array) -> jax.Array:
+def greedy(logits: jax.Array, *, together: bool = False) -> jax.Array:
     """The likeliest token of each row, the lowest id among equals; -1 where a logit is NaN.
 
     Args:
         logits: f32[S, V].
+        together: As of ``sample``.
 
     Returns:
         i32[S].
     """
-    tokens: jax.Array = _each_row(_likeliest, logits)
+    tokens: jax.Array = _each_row(_likeliest, logits, together=together)
     return tokens
 
 
 def sample(
-    logits: jax.Array, inputs: SamplingInputs, state: SamplerState
+    logits: jax.Array, inputs: SamplingInputs, state: SamplerState, *, together: bool = False
 ) -> tuple[jax.Array, SamplerState]:
     """Chooses a token per row and counts it in the row's state.
 
@@ -200,6 +201,9 @@ def sample(
         logits: f32[S, V].
         inputs: See ``SamplingInputs``.
         state: Donate it to the jitted step: it is then updated in place.
+        together: All rows at once, and all work for each of them, as it suits a GPU: there the
+            host would have to wait to find out what no row asks for. Else one row after the other,
+            as it suits a CPU, and what a row does not ask for is left out.
 
     Returns:
         (tokens i32[S], state). A token is -1, and not counted, where a logit is NaN; in a row
@@ -208,7 +212,10 @@ def sample(
     if logits.shape[1] > VOCAB_MAX:
         raise ValueError(f"a vocabulary of {logits.shape[1]} tokens: at most {VOCAB_MAX} work")
     tokens: jax.Array = _each_row(
-        lambda logits, inputs: _choose(logits, inputs, state), logits, inputs
+        lambda logits, inputs: _choose(logits, inputs, state, skip=not together),
+        logits,
+        inputs,
+        together=together,
     )
     # An index past the end is dropped: the neutral row stays neutral.
     counted = (inputs.row > 0) & (tokens >= 0)
@@ -217,32 +224,37 @@ def sample(
     return tokens, state._replace(words=words)
 
 
-def logprobs(logits: jax.Array, tokens: jax.Array, top_n: int) -> Logprobs:
+def logprobs(
+    logits: jax.Array, tokens: jax.Array, top_n: int, *, together: bool = False
+) -> Logprobs:
     """Log probabilities of given tokens and of the ``top_n`` likeliest ones.
 
     Args:
         logits: f32[S, V], as the model gave them.
         tokens: i32[S].
         top_n: Static. Fewer than asked for come back from a smaller vocabulary.
+        together: As of ``sample``.
     """
     result: Logprobs = _each_row(
-        lambda logits, tokens: _logprobs(logits, tokens, top_n), logits, tokens
+        lambda logits, tokens: _logprobs(logits, tokens, top_n), logits, tokens, together=together
     )
     return result
 
 
-def _each_row(function: Callable[..., Any], *rows: Any) -> Any:
-    """``function`` of pytrees of [S, ...] arrays; on a CPU one row after the other.
+def _each_row(function: Callable[..., Any], *rows: Any, together: bool = False) -> Any:
+    """``function`` of pytrees of [S, ...] arrays; one row after the other unless ``together``.
 
-    There a row's arrays stay in the processor's cache and the need is that of one row. Whole
-    batches took up to three times as long and eight times the logits in memory.
+    On a CPU a row's arrays then stay in the processor's cache and the need is that of one row.
+    Whole batches took up to three times as long and eight times the logits in memory.
     """
+    if together:
+        return function(*rows)
 
     def one(row: Any) -> Any:
         alone = jax.tree.map(lambda array: array[None], row)
         return jax.tree.map(lambda array: array[0], function(*alone))
 
-    return lax.platform_dependent(*rows, cpu=lambda *rows: lax.map(one, rows), default=function)
+    return lax.map(one, rows)
 
 
 def _likeliest(logits: jax.Array) -> jax.Array:
@@ -254,16 +266,27 @@ def _likeliest(logits: jax.Array) -> jax.Array:
     return jnp.where(found == vocab, -1, found)
 
 
-def _choose(logits: jax.Array, inputs: SamplingInputs, state: SamplerState) -> jax.Array:
+def _choose(
+    logits: jax.Array, inputs: SamplingInputs, state: SamplerState, skip: bool = True
+) -> jax.Array:
     """A token per row, i32[S]; the state is only read."""
-    adjusted = lax.cond(
-        jnp.any(inputs.row > 0), lambda: _adjust(logits, inputs, state), lambda: logits
-    )
+    adjusted = _for_any(inputs.row > 0, lambda: _adjust(logits, inputs, state), logits, skip)
     noisy = inputs.temperature > 0
     nothing = jnp.zeros_like(inputs.row)
-    likeliest = lax.cond(jnp.all(noisy), lambda: nothing, lambda: _likeliest(adjusted))
-    drawn = lax.cond(jnp.any(noisy), lambda: _draw(adjusted, inputs), lambda: nothing)
+    likeliest = _for_any(~noisy, lambda: _likeliest(adjusted), nothing, skip)
+    drawn = _for_any(noisy, lambda: _draw(adjusted, inputs, skip), nothing, skip)
     return jnp.where(noisy, drawn, likeliest)
+
+
+def _for_any(
+    wanted: jax.Array, work: Callable[[], jax.Array], otherwise: jax.Array, skip: bool
+) -> jax.Array:
+    """What `work` gives if any row wants it (bool[S]), else `otherwise`; without `skip` always what
+    `work` gives."""
+    if not skip:
+        return work()
+    result: jax.Array = lax.cond(jnp.any(wanted), work, lambda: otherwise)
+    return result
 
 
 def _logprobs(logits: jax.Array, tokens: jax.Array, top_n: int) -> Logprobs:
@@ -293,16 +316,16 @@ def _adjust(logits: jax.Array, inputs: SamplingInputs, state: SamplerState) -> j
     return logits - jnp.where(count > 0, inputs.presence[:, None], 0.0)
 
 
-def _draw(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
+def _draw(logits: jax.Array, inputs: SamplingInputs, skip: bool = True) -> jax.Array:
     """One token per row by its filtered probabilities; i32[S]. Greedy rows are to be ignored."""
     # The largest of chance / Exponential(1) falls on a token with probability proportional to
     # its chance. Like Gumbel noise on the logits, with one logarithm instead of two.
-    drawn = _likeliest(_kept(logits, inputs) / _exponential(inputs, logits.shape[1]))
+    drawn = _likeliest(_kept(logits, inputs, skip) / _exponential(inputs, logits.shape[1]))
     # A comparison with NaN is false, so that such a row would have kept nothing and drawn 0.
     return jnp.where(jnp.isfinite(_max(logits))[:, 0], drawn, -1)
 
 
-def _kept(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
+def _kept(logits: jax.Array, inputs: SamplingInputs, skip: bool = True) -> jax.Array:
     """Probabilities after temperature and filters, relative to the largest; f32[S, V]."""
     temperature = jnp.where(inputs.temperature > 0, inputs.temperature, 1.0)
     chance = jnp.exp((logits - _max(logits)) * (1.0 / temperature)[:, None])
@@ -310,17 +333,19 @@ def _kept(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
     everything = jnp.full_like(inputs.row, _KEY_OF_MINUS_INF)
 
     limited = (inputs.top_k > 0) & (inputs.top_k < logits.shape[1])
-    least = lax.cond(
-        jnp.any(limited),
+    least = _for_any(
+        limited,
         lambda: jnp.where(limited, _top_k_key(key, inputs.top_k), everything),
-        lambda: everything,
+        everything,
+        skip,
     )
     chance = jnp.where((key >= least[:, None]) & (chance >= inputs.min_p[:, None]), chance, 0.0)
     limited = inputs.top_p < 1
-    least = lax.cond(
-        jnp.any(limited),
+    least = _for_any(
+        limited,
         lambda: jnp.where(limited, _top_p_key(key, chance, inputs.top_p), everything),
-        lambda: everything,
+        everything,
+        skip,
     )
     return jnp.where(key >= least[:, None], chance, 0.0)
 

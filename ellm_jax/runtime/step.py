@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,8 @@ from jax import lax
 
 from ellm_jax.models.decoder import Decoder
 from ellm_jax.runtime import sampler
+from ellm_jax.runtime.backend import OpsFactory
 from ellm_jax.runtime.batch import StepLayout, resolve_tokens
-from ellm_jax.runtime.ops import NativeOps
 from ellm_jax.runtime.sampler import Logprobs, SamplerState
 from ellm_jax.runtime.shapes import StepMode
 from ellm_jax.sampling import MAX_LOGPROBS
@@ -59,10 +59,22 @@ StepFunction = Callable[
 ]
 
 
-def build_step(graph: nnx.GraphDef[Decoder], layout: StepLayout, mode: StepMode) -> StepFunction:
+Sampling = Literal["any", "greedy", "all"]
+"""Which sampling work a step holds: "any" finds out while it runs what no row asks for, row by row,
+"greedy" has none of it, "all" does it for all rows together."""
+
+
+def build_step(
+    graph: nnx.GraphDef[Decoder],
+    layout: StepLayout,
+    mode: StepMode,
+    make_ops: OpsFactory,
+    sampling: Sampling = "any",
+) -> StepFunction:
     """The step of one bucket and mode: (weights, meta, carry, sampler state) -> (result, carry,
-    sampler state). Carry and sampler state are donated.
+    sampler state). To be compiled with `on_one`, or for several devices with `spmd.on_all`.
     """
+    together = sampling != "any"
 
     def step(
         weights: Any, meta: jax.Array, carry: StepCarry, state: SamplerState
@@ -70,25 +82,43 @@ def build_step(graph: nnx.GraphDef[Decoder], layout: StepLayout, mode: StepMode)
         model = nnx.merge(graph, weights)
         batch = layout.unpack(meta)
         tokens = resolve_tokens(batch.tokens, carry.last_tokens)
-        hidden, epoch = model(tokens, batch.positions, NativeOps(meta, batch.num_rows), carry.epoch)
+        hidden, epoch = model(tokens, batch.positions, make_ops(meta, batch.num_rows), carry.epoch)
         last = hidden[batch.sample_rows]
-        logits = model.logits(last, NativeOps(meta, batch.num_samples))
-        chosen, state = sampler.sample(logits, batch.sampling, state)
+        logits = model.logits(last, make_ops(meta, batch.num_samples))
+        if sampling == "greedy":
+            chosen = sampler.greedy(logits, together=together)
+        else:
+            chosen, state = sampler.sample(logits, batch.sampling, state, together=together)
         result = StepResult(
             tokens=chosen,
-            logprobs=sampler.logprobs(logits, chosen, MAX_LOGPROBS) if mode.logprobs else None,
-            prompt_logprobs=_prompt_logprobs(model, hidden, batch.targets, meta)
+            logprobs=sampler.logprobs(logits, chosen, MAX_LOGPROBS, together=together)
+            if mode.logprobs
+            else None,
+            prompt_logprobs=_prompt_logprobs(model, hidden, batch.targets, meta, make_ops, together)
             if mode.prompt_logprobs
             else None,
         )
         last_tokens = carry.last_tokens.at[batch.sample_slots].set(chosen, mode="drop")
         return result, StepCarry(epoch, last_tokens), state
 
-    return jax.jit(step, donate_argnums=(2, 3))
+    return step
+
+
+def on_one(
+    step: StepFunction, compiler_options: Mapping[str, bool | str] | None = None
+) -> StepFunction:
+    """The step on one device. Carry and sampler state are donated."""
+    options = None if compiler_options is None else dict(compiler_options)
+    return jax.jit(step, donate_argnums=(2, 3), compiler_options=options)
 
 
 def _prompt_logprobs(
-    model: Decoder, hidden: jax.Array, targets: jax.Array, meta: jax.Array
+    model: Decoder,
+    hidden: jax.Array,
+    targets: jax.Array,
+    meta: jax.Array,
+    make_ops: OpsFactory,
+    together: bool,
 ) -> Logprobs:
     """Log probabilities of `targets` (i32[T]) after `hidden` ([T, H]), a few rows at a time."""
     count = hidden.shape[0]
@@ -96,11 +126,11 @@ def _prompt_logprobs(
     padding = -count % rows
     hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, rows, hidden.shape[-1])
     targets = jnp.pad(targets, (0, padding)).reshape(-1, rows)
-    ops = NativeOps(meta, jnp.full(1, rows, jnp.int32))
+    ops = make_ops(meta, jnp.full(1, rows, jnp.int32))
 
     def block(inputs: tuple[jax.Array, jax.Array]) -> Logprobs:
         hidden, targets = inputs
-        return sampler.logprobs(model.logits(hidden, ops), targets, MAX_LOGPROBS)
+        return sampler.logprobs(model.logits(hidden, ops), targets, MAX_LOGPROBS, together=together)
 
     blocks = lax.map(block, (hidden, targets))
     return Logprobs(*(x.reshape(-1, *x.shape[2:])[:count] for x in blocks))

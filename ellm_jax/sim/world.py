@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from ellm_jax._native import KvCache, KvLayout, OutOfMemory, Pool
 from ellm_jax.config import format_bytes
 from ellm_jax.host_loop import HostLoop
+from ellm_jax.memory.balloon import HeapBalloon
 from ellm_jax.memory.events import EventKind, EventLog
 from ellm_jax.memory.host_tier import HostTier
 from ellm_jax.memory.ledger import Ledger
@@ -173,8 +174,7 @@ class World:
             pool,
             kv,
             events,
-            trim_heap=lambda: None,
-            retained_bytes=config.retained_bytes,
+            balloon=HeapBalloon(config.retained_bytes, trim=lambda: None),
             prefix_caching=config.prefix_caching,
             floor_bytes=floor,
         )

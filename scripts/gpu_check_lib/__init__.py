@@ -1,0 +1,1 @@
+"""What `scripts/gpu_check` runs: a module per stage, and what they share."""
