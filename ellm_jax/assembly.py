@@ -85,6 +85,8 @@ def assemble(
             f"max_model_len={max_model_len}: the model's context is {model_config.max_context} "
             "tokens; ask for that or less"
         )
+    # An engine that was closed before may still hold its weights, until a cycle of its is found.
+    gc.collect()
     devices = open_devices(config.device, config.tensor_parallel)
     device: Device = devices[0] if len(devices) == 1 else DeviceGroup(devices)
     device.shards.check(model_config)
@@ -130,7 +132,7 @@ def assemble(
     )
     gc.collect()
     balloon = device.make_balloon(runner.settle)
-    buckets = Buckets(config.max_num_seqs, rules.max_rows)
+    buckets = Buckets(config.max_num_seqs, rules.max_rows, skips_padding=backend.skips_padding)
     compiler = StepCompiler(runner, buckets, progress=config.progress)
     if config.warm_up:
         compiler.warm_up()
@@ -164,6 +166,8 @@ def assemble(
         floor_bytes=floor_bytes,
         arena=device.make_arena(pool, kv),
     )
+    if device.platform == "cuda":
+        compiler.make_way = ledger.make_way
     cost = CostModel()
     host = slo = None
     if rules.host_tier:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from ellm_jax._native import OutOfMemory
 from ellm_jax.execution import DispatchedStep, Executor, Outcome, Steps
 from ellm_jax.lifecycle import Lifecycle
 from ellm_jax.loop_stats import LoopStats
@@ -177,7 +178,7 @@ class HostLoop:
             now = self.clock()
             if not self._in_flight and not self.scheduler.running:
                 self._pressure.crowded = False
-            with contextlib.suppress(CompileFailed):  # the plan will tell
+            with contextlib.suppress(CompileFailed, OutOfMemory):  # the plan will tell
                 self.tiering.advance(now, fetch=not self._pressure.crowded)
             leaver = self.scheduler.tiers.may_make_way(now)
             if leaver is not None:

@@ -2,8 +2,9 @@
 system's taking memory back.
 
 Nothing that failed is believed: requests start again, and those that keep failing end, with the
-reason. Of the requests of a failed step the scheduler puts at most one into each later step, so
-that the one to blame is found.
+reason. A device may still be at work on a part of a step that has failed, so it is waited for
+before anything is given up. Of the requests of a failed step the scheduler puts at most one into
+each later step, so that the one to blame is found.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Recovery:
             with contextlib.suppress(StepFailed):
                 self._executor.wait(later.handle)
         self._in_flight.clear()
+        self._ledger.quiesce()
         steps_of = self._lifecycle.steps_of
         for void in steps:
             self._ledger.finish(void.lease)
@@ -76,8 +78,9 @@ class Recovery:
         self._lifecycle.release_leaving()
 
     def dispatch_failed(self, plan: Plan, lease: Lease, failure: StepFailed) -> None:
-        """After a step that did not even start: it is planned again, and requests that keep failing
-        end."""
+        """After a step that did not start, or not to its end: it is planned again, and requests
+        that keep failing end."""
+        self._ledger.quiesce()
         self._ledger.finish(lease)
         self._drain()
         for share in plan.shares:

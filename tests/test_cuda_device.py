@@ -1,6 +1,8 @@
 """How the parts of an engine on a GPU are put together: the real ones, where a CPU has them, and
 stand-ins for CUDA's driver and kernels where it has not."""
 
+import os
+import time
 from typing import Any
 
 import jax
@@ -8,7 +10,8 @@ import pytest
 from fake_cuda import FakeDriver
 
 from ellm_jax import SamplingParams, _native
-from ellm_jax.devices import cuda
+from ellm_jax.devices import cpu, cuda
+from ellm_jax.devices.allocator import ENVIRONMENT
 from ellm_jax.memory.balloon import DeviceBalloon
 from ellm_jax.memory.device_pool import DevicePool
 from ellm_jax.runtime import ops
@@ -96,6 +99,62 @@ def test_an_engine_is_put_together_and_answers_as_on_the_cpu(
     assert kept == usage["weights"] + usage["workspace"] + usage["activation"]
 
 
+def await_physical(buffer: Any, count_bytes: int) -> None:
+    """Returns when a buffer has so much memory."""
+    deadline = time.monotonic() + 20
+    while buffer.usage()["physical"] < count_bytes:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_host_memory_is_pinned_beside_and_that_ends_with_the_engine(
+    tiny_checkpoint, make_engine, stand_in
+):
+    engine = make_engine(tiny_checkpoint("llama"), device_memory="128MiB", host_memory="8MiB")
+    await_physical(engine._loop.host._buffer, 8 * MIB)
+    assert engine._loop.host.usage()["used"] == 0
+
+    engine = make_engine(tiny_checkpoint("llama"), device_memory="128MiB", host_memory="4GiB")
+    buffer = engine._loop.host._buffer
+    await_physical(buffer, 8 * MIB)
+    engine.close()
+    physical = buffer.usage()["physical"]
+    assert physical < 4 << 30
+    time.sleep(0.02)
+    assert buffer.usage()["physical"] == physical
+    buffer.trim()
+
+
+@pytest.mark.parametrize(
+    ("limit", "ahead"), [(256 * MIB, 128 * MIB), (8192 * MIB, 512 * MIB), (70 << 30, 1 << 30)]
+)
+def test_chunks_are_made_ahead_by_the_size_of_the_limit(limit, ahead, stand_in, monkeypatch):
+    class Asked:
+        def __init__(self, *args: Any, device: str):
+            self.ahead = 0
+
+        def back_ahead(self, count_bytes: int) -> None:
+            self.ahead = count_bytes
+
+    monkeypatch.setattr(cuda, "Pool", Asked)
+    assert stand_in.device.make_pool(2 * MIB, limit).ahead == ahead
+
+
+def test_an_engine_on_the_cpu_leaves_gpus_for_one_that_may_follow(monkeypatch):
+    """JAX initialises GPUs too when it is asked for the CPU."""
+    for name in ENVIRONMENT:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(cpu, "has_cuda_kernels", lambda: False)
+    cpu.open_cpu(1)
+    assert not ENVIRONMENT.keys() & os.environ.keys(), "a build without CUDA has no use for it"
+    monkeypatch.setattr(cpu, "has_cuda_kernels", lambda: True)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
+    cpu.open_cpu(1)
+    assert os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] == "cuda_async"
+    assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "true", "what the user has set stays"
+
+
 def run_large_step(engine: Any, need_bytes: int) -> None:
     """Has activations hold so much, as after a step that needed it."""
 
@@ -109,9 +168,15 @@ def run_large_step(engine: Any, need_bytes: int) -> None:
 def test_the_pool_is_trimmed_when_kv_is_short_and_only_then(tiny_checkpoint, make_engine, stand_in):
     # Weights and arrays take some 66 MiB, a request at most 8 MiB of KV.
     engine = make_engine(
-        tiny_checkpoint("llama"), device_memory="88MiB", max_num_seqs=4, prefix_caching=False
+        tiny_checkpoint("llama"),
+        device_memory="88MiB",
+        max_num_seqs=4,
+        prefix_caching=False,
+        idle_trim_s=60.0,
     )
+    engine._loop.compiler.make_way = None  # compiling takes memory, and trims, of its own
     calls = stand_in.driver.calls
+    calls.clear()
     run_large_step(engine, 14 * MIB)
     engine.generate([[3] * 100], greedy(2))
     assert engine.memory().by_owner()["activation"] == 14 * MIB, "kept for the next large step"

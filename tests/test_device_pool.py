@@ -189,7 +189,7 @@ class Steps:
 
     CHUNK = 2 * MIB
 
-    def __init__(self, limit: int, fixed: int):
+    def __init__(self, limit: int, fixed: int, *, left_behind: int = 0):
         self.limit, self.fixed = limit, fixed
         layout = KvLayout.choose(32, 8, 128, 2, 4096, 8)
         self.native = Pool.simulated(self.CHUNK, limit)
@@ -198,6 +198,10 @@ class Steps:
         driver = FakeDriver(limit)
         self.driver, self.fake = driver, driver.pools[0]
         self.fake.allocate(fixed)
+        if left_behind:
+            self.fake.threshold = 1 << 40
+            self.fake.allocate(left_behind)
+            self.fake.free(left_behind)
         balloon = DeviceBalloon(DevicePool(0, driver), lambda: None)
         self.clock = 0.0
         self.ledger = Ledger(
@@ -260,6 +264,45 @@ def test_an_inflation_that_the_driver_refuses_changes_nothing():
     }
     steps.ledger.check()
     steps.step(32 * MIB, [slot], [60 * layout.tile_tokens])
+    steps.ledger.close()
+
+
+def test_a_trim_that_the_driver_refuses_leaves_the_memory_with_activations(caplog):
+    steps = Steps(limit=256 * MIB, fixed=64 * MIB)
+    steps.step(128 * MIB, [], [])
+    steps.driver.fail("cuCtxSynchronize")
+    with caplog.at_level(logging.WARNING):
+        steps.ledger.trim()
+    assert "could not be given back" in caplog.text
+    assert steps.fake.reserved == 192 * MIB
+    assert steps.native.usage()["activation"] == 128 * MIB, "KV may not take what is not there"
+    steps.ledger.check()
+    steps.ledger.trim()
+    assert steps.native.usage()["activation"] == 0
+    assert steps.fake.reserved == 64 * MIB
+    steps.ledger.close()
+
+
+def test_what_loading_and_compiling_left_goes_back_at_the_start():
+    before = 320 * MIB
+    steps = Steps(limit=512 * MIB, fixed=64 * MIB, left_behind=before)
+    assert steps.fake.reserved == 64 * MIB
+    steps.ledger.close()
+
+
+def test_way_is_made_for_what_no_ledger_counts():
+    steps = Steps(limit=256 * MIB, fixed=64 * MIB)
+    layout = steps.kv.layout
+    slot = steps.ledger.open_slot(layout.tile_tokens)
+    steps.step(128 * MIB, [slot], [16 * layout.tile_tokens])
+    steps.ledger.truncate(slot, layout.tile_tokens)
+    lease = steps.ledger.reserve(32 * MIB, [slot], [layout.tile_tokens])
+    steps.ledger.make_way()
+    usage = steps.native.usage()
+    assert usage["activation"] == 32 * MIB, "what the step in flight needs stays"
+    assert usage["physical"] == steps.fixed + 32 * MIB + usage["kv"], "free chunks are gone"
+    assert steps.fake.reserved <= 96 * MIB
+    steps.ledger.finish(lease)
     steps.ledger.close()
 
 

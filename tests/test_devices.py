@@ -130,24 +130,64 @@ def test_jax_still_reads_the_environment_as_it_did():
     assert ran.stdout.split() == ["cuda_async", "False", "False"], ran.stderr
 
 
-class _Array:
+class Allocator:
+    """Takes the place of `jax.device_put`, and allocates from a device's pool or from elsewhere.
+
+    Attributes:
+        waiting: run, and forgotten, when somebody waits for an array.
+    """
+
+    def __init__(self, monkeypatch, *, from_pool: bool = True):
+        self.driver = FakeDriver()
+        self.pool = DevicePool(0, self.driver)
+        self.fake = self.driver.pools[0]
+        self.fake.threshold = 1 << 40
+        self.from_pool = from_pool
+        self.waiting = []
+        monkeypatch.setattr("jax.device_put", self.put)
+
+    def put(self, array, device):
+        if self.from_pool:
+            self.fake.allocate(array.nbytes)
+        return self
+
     def block_until_ready(self) -> None:
-        pass
+        if self.waiting:
+            self.waiting.pop()()
 
 
 def test_an_allocator_is_known_by_what_shows_in_the_pool(monkeypatch):
-    driver = FakeDriver()
-    pool = DevicePool(0, driver)
+    check_allocator(Allocator(monkeypatch).pool, object())
+    elsewhere = Allocator(monkeypatch, from_pool=False)
+    device = object()
+    for _ in range(2):
+        with pytest.raises(DeviceError, match=r"another allocator.*first engine.*=cuda_async"):
+            check_allocator(elsewhere.pool, device)
 
-    def put_there(array, device):
-        driver.pools[0].allocate(array.nbytes)
-        return _Array()
 
-    monkeypatch.setattr("jax.device_put", put_there)
-    check_allocator(pool, None)
-    monkeypatch.setattr("jax.device_put", lambda array, device: _Array())
-    with pytest.raises(DeviceError, match=r"another allocator.*first engine.*=cuda_async"):
-        check_allocator(pool, None)
+def test_what_was_freed_before_or_is_freed_meanwhile_makes_no_allocator_another(monkeypatch):
+    allocator = Allocator(monkeypatch)
+    gib = 1 << 29
+    allocator.fake.allocate(gib)
+    allocator.fake.free(gib)
+    # Waiting for the probe is when the host sees that.
+    allocator.waiting.append(allocator.fake.synchronize)
+    check_allocator(allocator.pool, object())
+    # Another engine's step ends while the probe is taken, twice.
+    for _ in range(2):
+        allocator.fake.allocate(gib // 4)
+        allocator.waiting.append(
+            lambda: (allocator.fake.free(gib // 4), allocator.fake.synchronize())
+        )
+    check_allocator(allocator.pool, object())
+
+
+def test_an_allocator_is_tried_out_once_for_a_device(monkeypatch):
+    allocator, device = Allocator(monkeypatch), object()
+    check_allocator(allocator.pool, device)
+    taken = allocator.fake.live
+    check_allocator(allocator.pool, device)
+    assert allocator.fake.live == taken > 0
 
 
 @pytest.mark.parametrize("name", ["device", "load_format"])

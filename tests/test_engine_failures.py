@@ -9,6 +9,7 @@ from engine_requests import greedy, random_requests
 
 from ellm_jax import EngineClosed, EngineConfig
 from ellm_jax.engine import Engine
+from ellm_jax.runtime.failures import StepFailed
 
 
 @pytest.mark.parametrize(
@@ -145,6 +146,123 @@ def test_steps_that_fail_are_run_again(tiny_checkpoint, make_engine, monkeypatch
         monkeypatch.setattr(runner, "dispatch", sometimes)
         outputs = engine.generate(prompts, params)
         assert [o.token_ids for o in outputs] == expected, f"step {failing} failed"
+
+
+class Kernels:
+    """Has an engine's steps fail as on a GPU: what a failed one has started goes on, and touches
+    the slots that it names, until somebody waits for the device. Nothing of them may be unmapped
+    before."""
+
+    def __init__(self, engine, monkeypatch):
+        self.engine = engine
+        self.running = set()  # slots
+        self.failures = self.waits = 0
+        ledger, runner = engine._loop.ledger, engine._loop.executor._runner
+        self._pool, self._kv = ledger._pool, ledger.kv
+        self._dispatch, self._wait = runner.dispatch, runner.wait
+        self._named = {}
+        monkeypatch.setattr(runner, "dispatch", self.dispatch)
+        monkeypatch.setattr(runner, "wait", self.wait)
+        monkeypatch.setattr(ledger, "_pool", Delegate(self._pool, synchronize=self.synchronize))
+        calls = {name: self.unmaps(name) for name in ("release", "release_async", "truncate")}
+        calls |= {name: self.unmaps_any(name) for name in ("reclaim", "trim_available")}
+        monkeypatch.setattr(ledger, "kv", Delegate(self._kv, **calls))
+        self.fail_dispatch = self.fail_wait = lambda: False
+
+    def dispatch(self, key, spans, *args):
+        slots = {span.slot for span in spans}
+        if self.fail_dispatch():
+            self.running |= slots
+            self.failures += 1
+            raise StepFailed("injected: launched in part")
+        result = self._dispatch(key, spans, *args)
+        self._named[id(result)] = (result, slots)
+        return result
+
+    def wait(self, result):
+        _, slots = self._named.pop(id(result))
+        host = self._wait(result)
+        if self.fail_wait():
+            self.running |= slots
+            self.failures += 1
+            raise StepFailed("injected: ended in part")
+        return host
+
+    def synchronize(self):
+        self._pool.synchronize()
+        self.running.clear()
+        self.waits += 1
+
+    def unmaps(self, name):
+        def call(slot, *args):
+            assert slot not in self.running, f"{name} of a slot that a kernel works on"
+            return getattr(self._kv, name)(slot, *args)
+
+        return call
+
+    def unmaps_any(self, name):
+        def call(*args):
+            assert not self.running, f"{name} while kernels run"
+            return getattr(self._kv, name)(*args)
+
+        return call
+
+
+class Delegate:
+    """Something with other methods in the place of some."""
+
+    def __init__(self, of, **methods):
+        self._of = of
+        self.__dict__.update(methods)
+
+    def __getattr__(self, name):
+        return getattr(self._of, name)
+
+
+@pytest.mark.parametrize("where", ["fail_dispatch", "fail_wait"])
+def test_nothing_of_a_failed_step_is_given_up_before_the_device_is_done(
+    where, tiny_checkpoint, make_engine, monkeypatch
+):
+    requests = random_requests(11, 8, prompt=(30, 120), output=(30, 60))
+    prompts, params = [p for p, _ in requests], [greedy(n) for _, n in requests]
+    engine = make_engine(
+        tiny_checkpoint("llama", context=1024), device_memory="24MiB", max_num_seqs=4
+    )
+    expected = [o.token_ids for o in engine.generate(prompts, params)]
+    calls = iter(range(10**9))
+    with monkeypatch.context() as patch:
+        kernels = Kernels(engine, patch)
+        setattr(kernels, where, lambda: next(calls) % 16 == 5)
+        outputs = engine.generate(prompts, params)
+        assert kernels.failures > 3
+        assert kernels.waits >= kernels.failures
+        assert [o.token_ids for o in outputs] == expected
+
+
+def test_a_device_that_cannot_be_waited_for_is_told_and_costs_no_answer(
+    tiny_checkpoint, make_engine, monkeypatch, caplog
+):
+    engine = make_engine(tiny_checkpoint("llama"))
+    expected = engine.generate([5, 6], greedy(6))[0].token_ids
+
+    def refuse():
+        raise RuntimeError("injected: a kernel has failed")
+
+    runner, ledger = engine._loop.executor._runner, engine._loop.ledger
+    wait = runner.wait
+    calls = iter(range(10**9))
+
+    def sometimes(result):
+        host = wait(result)
+        if next(calls) == 2:
+            raise StepFailed("injected")
+        return host
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "wait", sometimes)
+        patch.setattr(ledger, "_pool", Delegate(ledger._pool, synchronize=refuse))
+        assert engine.generate([5, 6], greedy(6))[0].token_ids == expected
+    assert "injected: a kernel has failed" in caplog.text
 
 
 def test_a_step_that_always_fails_ends_its_requests_only(tiny_checkpoint, make_engine, monkeypatch):

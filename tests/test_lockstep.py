@@ -8,6 +8,8 @@ import pytest
 import ellm_jax.sim.world
 from ellm_jax._native import Copier, HostBuffer, KvLayout, OutOfMemory, Pool
 from ellm_jax.memory.lockstep import LockstepBuffer, LockstepCopier, LockstepKv, LockstepPool
+from ellm_jax.runtime.batch import Span, StepLayout
+from ellm_jax.runtime.shapes import StepShape
 from ellm_jax.sim import invariants
 from ellm_jax.sim.fuzz import run_seed
 from ellm_jax.sim.script import write_script
@@ -307,6 +309,46 @@ def test_mapping_shared_chunks_that_fails_on_one_device_leaves_nothing(n):
     kv.close()
 
 
+def test_a_step_is_checked_on_every_device():
+    _, kv = make()
+    slot = kv.take_slot(0)
+    kv.extend([slot], [2 * TILE])
+    layout = StepLayout(StepShape(64, 8), LAYOUT.num_slots)
+    packed = layout.pack(kv.id, [Span(slot, 2 * TILE - 3, [1, 2, 3], True)])
+    kv.check_step(packed)
+    for short in kv.members:
+        short.truncate(slot, TILE)
+        with pytest.raises(RuntimeError, match=f"slot {slot} is to hold .* only {TILE} tokens"):
+            kv.check_step(packed)
+        short.extend([slot], [2 * TILE])
+        kv.check_step(packed)
+    with pytest.raises(ValueError, match="names slot"):
+        kv.check_step(layout.pack(kv.id, [Span(LAYOUT.num_slots, 0, [1], True)]))
+    kv.close()
+
+
+class Waiting:
+    """A pool that is waited for."""
+
+    chunk_bytes = CHUNK
+
+    def __init__(self, error=None):
+        self.error = error
+        self.waits = 0
+
+    def synchronize(self):
+        self.waits += 1
+        if self.error:
+            raise RuntimeError(self.error)
+
+
+def test_every_device_is_waited_for_also_after_one_that_fails():
+    members = [Waiting("the first"), Waiting(), Waiting("the last")]
+    with pytest.raises(RuntimeError, match="the first"):
+        LockstepPool(members).synchronize()
+    assert [member.waits for member in members] == [1, 1, 1]
+
+
 def test_host_blocks_are_for_all_devices_or_none():
     buffer = LockstepBuffer([HostBuffer(CHUNK, 4 * CHUNK), HostBuffer(CHUNK, 3 * CHUNK)])
     [odd] = buffer.members[1].take(1)  # so that the numbers differ
@@ -320,6 +362,9 @@ def test_host_blocks_are_for_all_devices_or_none():
         buffer.resize(2 * CHUNK)
     assert buffer.members[0].usage()["limit"] == 4 * CHUNK
     buffer.give_back(blocks)
+    for member in buffer.members:
+        member.prepare_ahead(member.usage()["limit"])
+    buffer.close()
     buffer.members[1].give_back([odd])
     assert buffer.trim() >= 2 * CHUNK
     assert [member.usage()["physical"] for member in buffer.members] == [0, 0]

@@ -4,7 +4,11 @@ The C++ tests run the same code over a fake of the CUDA driver; tests/gpu has wh
 """
 
 import re
+import subprocess
+import sys
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -110,6 +114,64 @@ def test_host_blocks_are_prepared() -> None:
     assert buffer.usage()["used"] == 0
     buffer.prepare(1 << 40)
     assert buffer.usage()["physical"] == 10 * 4096
+
+
+def test_host_blocks_are_prepared_ahead() -> None:
+    limit = 256 * MIB
+    buffer = native.HostBuffer(4096, limit)
+    buffer.prepare_ahead(10 * 4096)
+    deadline = time.monotonic() + 20
+    while buffer.usage()["physical"] < 10 * 4096 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert buffer.usage()["physical"] == 10 * 4096
+    buffer.prepare_ahead(limit)
+    buffer.close()
+    assert buffer.usage()["physical"] < limit
+    assert buffer.usage()["used"] == 0
+    buffer.close()
+    assert len(buffer.take(3)) == 3
+    with pytest.raises(ValueError, match="must not be negative"):
+        buffer.prepare_ahead(-1)
+
+
+@pytest.mark.parametrize("how", ["ended", "kept"])
+def test_the_interpreter_may_end_while_blocks_are_prepared(how: str, tmp_path: Path) -> None:
+    """Whether the buffer ends with it or is never ended."""
+    program = """
+import builtins, sys
+from ellm_jax import _native
+buffer = _native.HostBuffer(4096, 256 << 20)
+buffer.prepare_ahead(256 << 20)
+if sys.argv[1] == "kept":
+    builtins.kept = [buffer]
+    kept.append(kept)
+"""
+    command = [sys.executable, "-c", program, how]
+    done = subprocess.run(command, timeout=60, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "rror" not in done.stderr
+
+
+def test_other_threads_run_while_a_buffer_ends() -> None:
+    buffer = native.HostBuffer(4096, 32 * MIB)
+    buffer.prepare(32 * MIB)
+    turns, over = [0], threading.Event()
+
+    def run() -> None:
+        while not over.is_set():
+            turns[0] += 1
+            time.sleep(1e-4)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    while not turns[0]:
+        time.sleep(1e-3)
+    before, begin = turns[0], time.monotonic()
+    del buffer
+    during, seconds = turns[0] - before, time.monotonic() - begin
+    over.set()
+    thread.join()
+    assert during > 2, f"{during} turns in {seconds} s"
 
 
 def test_mapping_is_timed() -> None:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from engine_requests import greedy, random_requests
+from test_backend import AsOnAGpu
 
 import ellm_jax.devices.group
 from ellm_jax import Engine, EngineConfig, SamplingParams
@@ -132,6 +133,23 @@ def test_sampling_is_that_of_one_device(tiny_checkpoint, make_engine, make_pair)
     one = make_engine(path).generate(prompts, params)
     two = make_pair(path).generate(prompts, params)
     assert answers(two) == answers(one)
+
+
+def test_steps_are_checked_on_both_devices_as_on_gpus(
+    tiny_checkpoint, make_engine, make_pair, monkeypatch
+):
+    """On a GPU the host checks what a step touches, on every device, and chooses between two
+    programs. A step that is refused is planned again."""
+    path = tiny_checkpoint("llama")
+    prompts = [[3, 4, 5], [7] * 40]
+    params = [greedy(12), SamplingParams(temperature=0.9, seed=3, max_tokens=12, ignore_eos=True)]
+    one = make_engine(path).generate(prompts, params)
+    gpu = AsOnAGpu(monkeypatch)
+    engine = make_pair(path)
+    gpu.refused = 1
+    assert answers(engine.generate(prompts, params)) == answers(one)
+    assert gpu.checked > 12
+    assert gpu.refused == 0
 
 
 @pytest.mark.parametrize("host_memory", ["0", "16MiB"])

@@ -280,14 +280,19 @@ class KvCache:
         """
 
     def close(self) -> None:
-        """Unmaps everything and gives the addresses back; may be repeated."""
+        """Unmaps everything and gives the addresses back; may be repeated.
+
+        On a CUDA device it waits for everything that runs there first. Raises `RuntimeError`, and
+        unmaps nothing, where that fails.
+        """
 
 class KvGroup:
     """One number for the KV caches of several devices, by which a program that runs on all of them
     names them: a handler finds the cache of its own device. Lasts as long as the object."""
 
     def __init__(self, caches: Sequence[KvCache], device_ordinals: Sequence[int]) -> None:
-        """`device_ordinals[i]` is the device of `caches[i]` as XLA counts them on this host."""
+        """`device_ordinals[i]` is the device of `caches[i]` as XLA counts them on this host.
+        Raises `ValueError` where a cache is on another CUDA device than that."""
 
     @property
     def id(self) -> int:
@@ -335,10 +340,11 @@ def cpu_isa() -> str:
     """The instruction set of the kernels in use: "avx512", "avx2" or "generic"."""
 
 def cuda_devices() -> list[dict[str, Any]]:
-    """The CUDA devices by ordinal: "name", "total_bytes", "free_bytes" (now, for all processes),
-    "compute_capability" (major, minor). [] where there is no CUDA driver; see `cuda_error`.
+    """The CUDA devices by ordinal: "name", "total_bytes", "free_bytes" (now, for all processes; 0
+    where the device has no room for this one), "compute_capability" (major, minor). [] where there
+    is no CUDA driver; see `cuda_error`.
 
-    Makes the context of each device for as long as it takes to ask.
+    Makes the context of each device for as long as it takes to ask what is free.
     """
 
 def cuda_error() -> str | None:
@@ -380,7 +386,14 @@ class HostBuffer:
 
     def prepare(self, bytes: int) -> None:
         """Makes, and pins, the memory of as many blocks as `bytes` (or the limit) hold, so that
-        `take` need not. Other threads get in between blocks."""
+        `take` need not. Between two blocks whoever waits goes first."""
+
+    def prepare_ahead(self, bytes: int) -> None:
+        """Has the same done by a thread of the buffer's own, until it is done, the system refuses
+        or `trim` gives memory back. Replaces what was asked before; 0 ends it."""
+
+    def close(self) -> None:
+        """Ends what `prepare_ahead` has begun, after the block that it is at. The blocks stay."""
 
     def take(self, n: int) -> list[int]:
         """`n` blocks, contents undefined, or `OutOfMemory` and none."""

@@ -43,7 +43,11 @@ nb::object why_no_cuda() {
 }
 
 size_t granularity_of(const std::string& device) {
-  return value_or_raise(unlocked([&] { return open_device_memory(device); }))->granularity_bytes();
+  return value_or_raise(unlocked([&]() -> Result<size_t> {
+    const auto driver = open_device_memory(device);
+    if (!driver.ok()) return driver.status();
+    return driver.value()->granularity_bytes();
+  }));
 }
 
 MappingTimes time_mapping_on(const std::string& device, int64_t chunk_bytes, int64_t count,

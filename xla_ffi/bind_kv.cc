@@ -116,7 +116,7 @@ class PyKvGroup {
         ids_by_device.size() != devices.size()) {
       throw nb::value_error("a group of KV caches needs one device for each, none of them twice");
     }
-    id_ = register_kv_group(std::move(ids_by_device));
+    id_ = value_or_raise(register_kv_group(std::move(ids_by_device)));
   }
   ~PyKvGroup() { unregister_kv(id_); }
   PyKvGroup(const PyKvGroup&) = delete;
@@ -142,7 +142,12 @@ PyKvCache::PyKvCache(const PyPool& pool, const KvLayout& layout)
       cache_(value_or_raise(unlocked([&] { return KvCache::Create(pool.get(), layout); }))),
       id_(register_kv(cache_)) {}
 
-PyKvCache::~PyKvCache() { unregister_kv(id_); }
+PyKvCache::~PyKvCache() {
+  end_unlocked([&] {
+    unregister_kv(id_);
+    cache_.reset();
+  });
+}
 
 int32_t PyKvCache::take_slot(int64_t tokens) {
   return value_or_raise(unlocked([&] { return cache_->take_slot(tokens); }));

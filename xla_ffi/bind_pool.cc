@@ -37,6 +37,14 @@ PyPool::PyPool(std::shared_ptr<SimDriver> simulator, int64_t chunk_bytes, int64_
       simulator_(std::move(simulator)),
       pool_(make_pool(simulator_, chunk_bytes, limit_bytes)) {}
 
+PyPool::~PyPool() {
+  if (pool_ == nullptr) return;  // Moved from.
+  end_unlocked([&] {
+    pool_.reset();
+    simulator_.reset();
+  });
+}
+
 PyPool PyPool::simulated(int64_t chunk_bytes, int64_t limit_bytes) {
   return PyPool(std::make_shared<SimDriver>(), chunk_bytes, limit_bytes);
 }

@@ -31,6 +31,11 @@ class PyHostBuffer {
         buffer_(value_or_raise(HostBuffer::Create(
             value_or_raise(unlocked([&] { return open_host_memory(device); })),
             non_negative("block_bytes", block_bytes), non_negative("limit_bytes", limit_bytes)))) {}
+  ~PyHostBuffer() {
+    end_unlocked([&] { buffer_.reset(); });
+  }
+  PyHostBuffer(const PyHostBuffer&) = delete;
+  PyHostBuffer& operator=(const PyHostBuffer&) = delete;
 
   const std::shared_ptr<HostBuffer>& get() const { return buffer_; }
   size_t block_bytes() const { return buffer_->block_bytes(); }
@@ -56,6 +61,15 @@ class PyHostBuffer {
   void prepare(int64_t bytes) {
     const size_t n = non_negative("bytes", bytes);
     raise_if_failed(unlocked([&] { return buffer_->prepare(n); }));
+  }
+
+  void prepare_ahead(int64_t bytes) {
+    const size_t n = non_negative("bytes", bytes);
+    raise_if_failed(unlocked([&] { return buffer_->prepare_ahead(n); }));
+  }
+
+  void close() {
+    unlocked([&] { buffer_->close(); });
   }
 
   void resize(int64_t limit_bytes) {
@@ -86,7 +100,15 @@ class PyHostBuffer {
 class PyCopier {
  public:
   explicit PyCopier(const std::string& device)
-      : device_(device), copier_(value_or_raise(unlocked([&] { return open_link(device); }))) {}
+      : device_(device),
+        copier_(
+            std::make_unique<Copier>(value_or_raise(unlocked([&] { return open_link(device); })))) {
+  }
+  ~PyCopier() {
+    end_unlocked([&] { copier_.reset(); });
+  }
+  PyCopier(const PyCopier&) = delete;
+  PyCopier& operator=(const PyCopier&) = delete;
 
   Ticket offload(const PyKvCache& kv, int32_t slot, int64_t first_tile, const PyHostBuffer& buffer,
                  std::vector<BlockId> blocks) {
@@ -97,16 +119,16 @@ class PyCopier {
     return submit(CopyDirection::kFetch, kv, slot, first_tile, buffer, std::move(blocks));
   }
 
-  bool done(Ticket ticket) const { return value_or_raise(copier_.done(ticket)); }
+  bool done(Ticket ticket) const { return value_or_raise(copier_->done(ticket)); }
   void wait(Ticket ticket) const {
-    raise_if_failed(unlocked([&] { return copier_.wait(ticket); }));
+    raise_if_failed(unlocked([&] { return copier_->wait(ticket); }));
   }
   void close() {
-    unlocked([&] { copier_.close(); });
+    unlocked([&] { copier_->close(); });
   }
 
   nb::dict stats() const {
-    const CopyStats s = copier_.stats();
+    const CopyStats s = copier_->stats();
     nb::dict d;
     d["offload_bytes"] = s.offload.bytes;
     d["offload_us"] = s.offload.us;
@@ -131,12 +153,12 @@ class PyCopier {
                                   "; make all three with the same device";
       throw nb::value_error(message.c_str());
     }
-    return value_or_raise(copy_slot(&copier_, direction, kv.get(), slot, first_tile, buffer.get(),
-                                    std::move(blocks)));
+    return value_or_raise(copy_slot(copier_.get(), direction, kv.get(), slot, first_tile,
+                                    buffer.get(), std::move(blocks)));
   }
 
   const std::string device_;
-  Copier copier_;
+  std::unique_ptr<Copier> copier_;
 };
 
 class PyArena {
@@ -144,6 +166,11 @@ class PyArena {
   PyArena(const PyPool& pool, int64_t reserved_bytes)
       : arena_(value_or_raise(
             Arena::Create(pool.get(), non_negative("reserved_bytes", reserved_bytes)))) {}
+  ~PyArena() {
+    end_unlocked([&] { arena_.reset(); });
+  }
+  PyArena(const PyArena&) = delete;
+  PyArena& operator=(const PyArena&) = delete;
 
   uintptr_t allocate(int64_t bytes) {
     const size_t n = non_negative("bytes", bytes);
@@ -191,6 +218,9 @@ void bind_host_buffer(nb::module_& m) {
       .def_prop_ro("device", &PyHostBuffer::device, "The device that it is host memory for.")
       .def("prepare", &PyHostBuffer::prepare, "bytes"_a,
            "Makes the memory of so many bytes of blocks now, so that take() need not.")
+      .def("prepare_ahead", &PyHostBuffer::prepare_ahead, "bytes"_a,
+           "Has the same done by a thread of the buffer's own; 0 ends it.")
+      .def("close", &PyHostBuffer::close, "Ends that thread; the blocks stay.")
       .def("take", &PyHostBuffer::take, "n"_a,
            "`n` blocks, contents undefined, or OutOfMemory and none.")
       .def("give_back", &PyHostBuffer::give_back, "blocks"_a,

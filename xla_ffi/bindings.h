@@ -52,6 +52,17 @@ auto unlocked(Work&& work) {
   return work();
 }
 
+// Ends what a Python object stands for, which may wait for the device, without the GIL. While the
+// interpreter ends a thread that lets go of the GIL may not get it back: then it is kept.
+template <class Work>
+void end_unlocked(Work&& work) {
+  if (Py_IsInitialized()) {
+    unlocked(work);
+  } else {
+    work();
+  }
+}
+
 inline size_t non_negative(const char* name, int64_t value) {
   if (value < 0) {
     const std::string message =

@@ -20,6 +20,8 @@ class PyPool {
  public:
   PyPool(int64_t chunk_bytes, int64_t limit_bytes, const std::string& device);
   static PyPool simulated(int64_t chunk_bytes, int64_t limit_bytes);
+  PyPool(PyPool&&) = default;
+  ~PyPool();
 
   const std::shared_ptr<ChunkPool>& get() const { return pool_; }
   // "simulated" for a pool over no memory.

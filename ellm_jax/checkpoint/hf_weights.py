@@ -55,6 +55,7 @@ def read_hf_params(
                         _place(param, piece, placement, source[placement.name], advance)
                 advance(blank(param, shards.axis(name), piece))
                 yield name, param
+                del param  # not to hold two at once
 
 
 def _index(files: list[SafetensorsFile]) -> dict[str, SafetensorsFile]:

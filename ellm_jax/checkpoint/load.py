@@ -83,6 +83,7 @@ def load_model(
                 # Where the device has its own memory, wait: at most one part lies on the host.
                 place = places[len(parts[name])]
                 parts[name].append(jax.device_put(array, place).block_until_ready())
+                del array  # not to hold two at once
     params = {name: _joined(name, config, shards, placement, parts[name]) for name in parts}
     return Decoder.from_params(config, params, shards), config
 

@@ -81,6 +81,7 @@ def read_orbax_params(
                     _fill(param, stored, piece, advance)
             advance(blank(param, shards.axis(name), piece))
             yield name, param
+            del param  # not to hold two at once
 
 
 @contextlib.contextmanager

@@ -27,6 +27,9 @@ ENVIRONMENT = {
 _TFRT = "XLA_PYTHON_CLIENT_USE_TFRT_GPU_CLIENT"
 _OFF = ("false", "0", "")
 _PROBE_BYTES = 1 << 20
+_TRIES = 3
+_proven: set[object] = set()
+"""Devices on which it was found that XLA allocates from the pool, as it then always will."""
 
 
 def prepare_environment(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -52,21 +55,33 @@ def prepare_environment(environ: MutableMapping[str, str] = os.environ) -> None:
 
 
 def check_allocator(pool: DevicePool, device: jax.Device) -> None:
-    """Makes sure that XLA allocates from the pool.
+    """Makes sure that XLA allocates from the pool. Tried out once for a device.
 
     Raises:
         DeviceError: it does not.
     """
+    if device in _proven:
+        return
+    grown = 0
+    for _ in range(_TRIES):  # others may free memory meanwhile
+        grown = max(grown, _growth(pool, device))
+        if grown >= _PROBE_BYTES:
+            _proven.add(device)
+            return
+    settings = " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
+    raise DeviceError(
+        f"JAX has another allocator than cuda_async on {device}: {format_bytes(_PROBE_BYTES)} "
+        f"of it added {format_bytes(grown)} to the device's memory pool. It was "
+        "initialised before the engine could choose. Make the first engine before anything "
+        f"else uses JAX, or start the program with {settings}"
+    )
+
+
+def _growth(pool: DevicePool, device: jax.Device) -> int:
+    """By how much more the pool is used when JAX takes `_PROBE_BYTES`."""
+    # What was freed before counts as used until now.
+    pool.synchronize()
     before = pool.usage().used
     probe = jax.device_put(np.zeros(_PROBE_BYTES, np.uint8), device)
     probe.block_until_ready()
-    grown = pool.usage().used - before
-    del probe
-    if grown < _PROBE_BYTES:
-        settings = " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
-        raise DeviceError(
-            f"JAX has another allocator than cuda_async on {device}: {format_bytes(_PROBE_BYTES)} "
-            f"of it added {format_bytes(max(0, grown))} to the device's memory pool. It was "
-            "initialised before the engine could choose. Make the first engine before anything "
-            f"else uses JAX, or start the program with {settings}"
-        )
+    return pool.usage().used - before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import jax
@@ -16,7 +17,9 @@ from ellm_jax._native import (
     malloc_retain,
     malloc_trim,
 )
+from ellm_jax.devices.allocator import ENVIRONMENT
 from ellm_jax.devices.errors import DeviceError
+from ellm_jax.devices.native import has_cuda_kernels
 from ellm_jax.memory.balloon import Balloon, HeapBalloon
 from ellm_jax.memory.system import default_limit_bytes
 from ellm_jax.models.config import ModelConfig
@@ -101,6 +104,11 @@ def open_cpu(count: int) -> list[CpuDevice]:
     Raises:
         DeviceError: JAX makes fewer of it.
     """
+    if has_cuda_kernels():
+        # JAX initialises every platform it has. Where GPUs are among them, they get the allocator
+        # that an engine on a GPU needs, so that one may follow; unless somebody wants another.
+        for name, wanted in ENVIRONMENT.items():
+            os.environ.setdefault(name, wanted)
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise DeviceError(

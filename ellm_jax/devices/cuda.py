@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections.abc import Callable
 from functools import partial
 
@@ -31,12 +29,12 @@ from ellm_jax.runtime import cuda_ops
 from ellm_jax.runtime.backend import Backend
 from ellm_jax.runtime.shapes import StepShape
 
-_log = logging.getLogger(__name__)
-
-_AHEAD_BYTES = 128 << 20
-"""Free memory that is kept in chunks which are made already."""
-_PINNED_BYTES = 256 << 20
-"""How much is pinned at a time."""
+_AHEAD_BYTES = 1 << 30
+"""Most of the free memory that is kept in chunks which are made already. A prompt of 8K tokens of
+an 8B model takes as much; making it takes some 30 us per 2 MiB, for which no step should wait."""
+_LEAST_AHEAD_BYTES = 128 << 20
+_AHEAD_SHARE = 16
+"""Between the two it is this part of the limit."""
 _ROUNDING_BYTES = 64 << 20
 """What CUDA's memory pool may hold beside what XLA asks it for: it takes memory from the device in
 pieces of up to 32 MiB. A bound that has to be proven on a GPU; `scripts/gpu_check` does."""
@@ -94,7 +92,8 @@ class CudaDevice:
         """Memory of the device. Some of it is made into chunks ahead, so that no step waits for the
         driver to do so."""
         pool = Pool(chunk_bytes, limit_bytes, device=self._name)
-        pool.back_ahead(_AHEAD_BYTES)
+        share_bytes = limit_bytes // _AHEAD_SHARE
+        pool.back_ahead(min(_AHEAD_BYTES, max(_LEAST_AHEAD_BYTES, share_bytes)))
         return pool
 
     def make_kv(self, pool: Pool, layout: KvLayout) -> KvCache:
@@ -108,9 +107,7 @@ class CudaDevice:
     def make_host_buffer(self, block_bytes: int, limit_bytes: int) -> HostBuffer:
         """Pinned memory of the host. Pinning takes long, so it is done beside everything else."""
         buffer = HostBuffer(block_bytes, limit_bytes, device=self._name)
-        threading.Thread(
-            target=_pin, args=(buffer, limit_bytes), name="ellm-pin", daemon=True
-        ).start()
+        buffer.prepare_ahead(limit_bytes)
         return buffer
 
     def make_copier(self) -> Copier:
@@ -128,7 +125,7 @@ class CudaDevice:
             extra_bytes=lambda config, shape: 0,
             placement=self._placement,
             host_skips=True,
-            check=kv.check_step,
+            check=partial(cuda_ops.check_step, kv),
             prepare=partial(self._load_kernels, layout),
             compiler_options=cuda_ops.COMPILER_OPTIONS,
         )
@@ -150,15 +147,6 @@ class CudaDevice:
     def make_balloon(self, settle: Callable[[], object]) -> Balloon:
         """The device's memory pool."""
         return DeviceBalloon(self.memory, settle)
-
-
-def _pin(buffer: HostBuffer, limit_bytes: int) -> None:
-    """Pins a buffer piece by piece: the interpreter may end between two of them."""
-    try:
-        for size_bytes in range(_PINNED_BYTES, limit_bytes + _PINNED_BYTES, _PINNED_BYTES):
-            buffer.prepare(min(size_bytes, limit_bytes))
-    except RuntimeError as error:
-        _log.warning("host memory is pinned when it is first used: %s", error)
 
 
 def open_cuda(count: int) -> list[CudaDevice]:

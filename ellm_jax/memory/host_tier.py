@@ -35,6 +35,9 @@ class Buffer(Protocol):
     def trim(self) -> int:
         """Gives unused blocks back to the system."""
 
+    def close(self) -> None:
+        """Ends what it does on a thread of its own."""
+
 
 class CopyEngine(Protocol):
     """The native `Copier`, or the simulator's."""
@@ -317,5 +320,6 @@ class HostTier:
         return self._buffer.usage()
 
     def close(self) -> None:
-        """Ends the copies."""
+        """Ends the copies, and what is done ahead of them."""
         self._copier.close()
+        self._buffer.close()

@@ -80,6 +80,8 @@ class Ledger:
         self._taken: dict[int, int] = {}  # chunks by slot, those being mapped included
         self._premapped: dict[int, int] = {}  # slots with such: their chunks before
         self._hold(floor_bytes)
+        # What loading and compiling have left with the allocator is nobody's.
+        self._trim_balloon(floor_bytes)
         self._balloon.keep(self._fixed + floor_bytes)
 
     # What there is.
@@ -250,6 +252,15 @@ class Ledger:
         if self._held > keep:
             self._hold(keep)
 
+    def quiesce(self) -> None:
+        """Waits until nothing that was started on the device touches its memory any more: after a
+        failed step, of which a part may still run, before anything it names is given up. What the
+        device says is logged: it has failed, or some of what it did has."""
+        try:
+            self._pool.synchronize()
+        except RuntimeError as error:
+            _log.warning("after a failed step: %s", error)
+
     # Moving memory.
 
     def _make_room(self, wanted: int, chunks: int) -> None:
@@ -318,16 +329,38 @@ class Ledger:
             self._pool.trim(0)
         except RuntimeError as error:
             _log.warning("unused memory could not be given back: %s", error)
-        idle = max(self._needed, self.floor_bytes)
-        try:
-            self._balloon.trim(self._fixed + idle)
-        except RuntimeError as error:
-            _log.warning("what activations keep unused could not be given back: %s", error)
-        self._hold(idle)
+        self._give_unused_activations()
         given = before - self._pool.usage()["physical"]
         if given > 0:
             self.events.add("trim", given, "idle", begin)
         return given
+
+    def make_way(self) -> None:
+        """Gives back free chunks and what activations keep unused, for what takes memory of the
+        device that nobody counts here, as compiling does. Steps may be in flight; they are waited
+        for."""
+        try:
+            self._pool.trim(0)
+        except RuntimeError as error:
+            _log.warning("free chunks could not be given back: %s", error)
+        self._give_unused_activations()
+
+    def _give_unused_activations(self) -> None:
+        """Takes from activations what no step in flight needs. Where the system refuses, they hold
+        it still, and nobody else is given it."""
+        idle = max(self._needed, self.floor_bytes)
+        if self._trim_balloon(idle):
+            self._hold(idle)
+
+    def _trim_balloon(self, activation_bytes: int) -> bool:
+        """Has the activations' allocator give back what it holds beyond so much; False if that
+        failed."""
+        try:
+            self._balloon.trim(self._fixed + activation_bytes)
+        except RuntimeError as error:
+            _log.warning("what activations keep unused could not be given back: %s", error)
+            return False
+        return True
 
     def repair(self) -> bool:
         """Tries again to unmap slots that broke when the system refused; True if memory came back.

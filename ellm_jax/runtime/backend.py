@@ -38,6 +38,8 @@ class Backend:
         prepare: called before the first step of a shape runs, from any thread; raises RuntimeError
             or ValueError.
         compiler_options: of XLA for steps.
+        skips_padding: rows past those in use cost next to nothing, so that a step may run on a
+            bucket that is far too large. On a GPU only attention skips them.
     """
 
     make_ops: OpsFactory
@@ -47,6 +49,7 @@ class Backend:
     check: Callable[[Int32Array], object] | None = None
     prepare: Callable[[ModelConfig, StepShape], object] | None = None
     compiler_options: Mapping[str, bool | str] | None = None
+    skips_padding: bool = False
 
 
 def _native_bytes(config: ModelConfig, shape: StepShape) -> int:
@@ -59,4 +62,4 @@ def _native_bytes(config: ModelConfig, shape: StepShape) -> int:
 def native_backend(placement: jax.sharding.Sharding | None = None) -> Backend:
     """Steps on the CPU, by the native kernels."""
     ops.register()
-    return Backend(ops.NativeOps, _native_bytes, placement)
+    return Backend(ops.NativeOps, _native_bytes, placement, skips_padding=True)

@@ -20,6 +20,7 @@ from ellm_jax.runtime.shapes import StepShape
 
 HEADER_WORDS = 8
 SPAN_WORDS = 4
+_NUM_SPANS, _NUM_ROWS, _DECODES_ONLY = 1, 2, 5
 
 _SAMPLING_DTYPES = {
     name: np.asarray(array).dtype for name, array in neutral_inputs(1)._asdict().items()
@@ -130,7 +131,8 @@ class StepLayout:
         for name, array in (sampling or neutral_inputs(self.shape.seqs))._asdict().items():
             parts[name][:] = np.asarray(array).view(np.int32)
         spans_at = self._at["spans"].start
-        meta[:5] = (kv_id, len(spans), len(tokens), spans_at, len(sample_rows))
+        decodes_only = int(self.shape.decodes_only)
+        meta[:6] = (kv_id, len(spans), len(tokens), spans_at, len(sample_rows), decodes_only)
         return meta
 
     def unpack(self, meta: jax.Array) -> Unpacked:
@@ -151,6 +153,21 @@ class StepLayout:
             sample_rows=part("sample_rows"),
             sample_slots=part("sample_slots"),
             sampling=SamplingInputs(*(part(name) for name in _SAMPLING_DTYPES)),
+        )
+
+
+def check_decodes_only(meta: np.ndarray[tuple[int], np.dtype[np.int32]]) -> None:
+    """Refuses a packed step whose shape is for decodes only (`StepShape.decodes_only`) and that
+    has a sequence of several rows.
+
+    Raises:
+        ValueError: it is such a step.
+    """
+    rows, spans = int(meta[_NUM_ROWS]), int(meta[_NUM_SPANS])
+    if meta[_DECODES_ONLY] and rows > spans:
+        raise ValueError(
+            f"a step of {rows} rows for {spans} sequences was packed for a shape that has no more "
+            "rows than sequences, in which each has one row; take the shape from Buckets.fit"
         )
 
 

@@ -6,12 +6,13 @@ import logging
 import os
 import pathlib
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 
 import jax
 from tqdm import tqdm
 
+from ellm_jax._native import OutOfMemory
 from ellm_jax.runtime.buckets import Buckets
 from ellm_jax.runtime.failures import CompileFailed
 from ellm_jax.runtime.runner import Runner
@@ -19,6 +20,9 @@ from ellm_jax.runtime.shapes import StepKey, StepMode, StepShape
 
 _log = logging.getLogger(__name__)
 _PLAIN = StepMode()
+
+# After a step that could not be compiled for want of memory, in the background.
+_RETRY_S = 30.0
 
 
 def default_cache_directory() -> pathlib.Path:
@@ -43,10 +47,16 @@ class StepCompiler:
     """Compiles steps, and picks one for a batch.
 
     A step that is compiled and covers the batch is taken rather than waiting for the exact one,
-    which is then compiled in the background. Only a mode never seen before is waited for.
+    which is then compiled in the background. Waited for is a mode never seen before, and, where
+    padding costs as much as what is in use, a step of which only far too large ones are there.
+
+    Compiling takes memory of the device where XLA tries out which kernels are fastest. No ledger
+    knows how much, so it is asked to make way when there is not enough, and afterwards.
 
     Attributes:
         waited_s: seconds that `ensure` has spent compiling.
+        make_way: gives back what nobody needs of the device's memory; None where compiling takes
+            none of it.
     """
 
     def __init__(self, runner: Runner, buckets: Buckets, *, progress: bool):
@@ -54,24 +64,26 @@ class StepCompiler:
         self._runner = runner
         self._buckets = buckets
         self._progress = progress
+        self.make_way: Callable[[], object] | None = None
         self._background = ThreadPoolExecutor(1, thread_name_prefix="ellm-compile")
         self._pending: dict[StepKey, Future[int]] = {}
         self._failed: set[StepKey] = set()
+        self._short_s: dict[StepKey, float] = {}  # when memory was short for it
         self._needs: dict[StepKey, int] = {}
         self.waited_s = 0.0
 
     def warm_up(self) -> None:
         """Compiles steps that cover every batch in the plain mode, showing progress."""
-        self._compile(self._buckets.common())
+        self.compile_all(self._buckets.common())
 
     def warm_up_all(self) -> None:
         """Compiles every step of the plain mode, so that none is compiled while requests run."""
-        for job in list(self._pending.values()):
-            job.result()
+        wait(list(self._pending.values()))
         self.collect()
-        self._compile(self._buckets.every())
+        self.compile_all(self._buckets.every())
 
-    def _compile(self, shapes: Sequence[StepShape]) -> None:
+    def compile_all(self, shapes: Sequence[StepShape]) -> None:
+        """Compiles steps of these shapes in the plain mode, several at a time."""
         keys = [key for shape in shapes if (key := StepKey(shape, _PLAIN)) not in self._needs]
         workers = min(4, os.cpu_count() or 1)
         with ThreadPoolExecutor(workers) as pool, self._bar(len(keys), "Compiling steps") as bar:
@@ -84,36 +96,41 @@ class StepCompiler:
                 # Who interrupts waits for what is being compiled, not for what was still to come.
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+        self._clean_up()
 
     def collect(self) -> None:
         """Takes over what the background has finished. Between two calls `choose` gives the same
         answers, unless `ensure` compiles something."""
         for key in [key for key, job in self._pending.items() if job.done()]:
-            job = self._pending[key]
-            error = job.exception()
+            if key in self._failed:
+                continue
+            error = self._pending[key].exception()
             if error is None:
                 self._needs[key] = self._pending.pop(key).result()
-            elif key not in self._failed:
+            elif _is_short(error):
+                self._short_s[key] = time.monotonic()
+                del self._pending[key]
+            else:
                 # It stays pending, so that it is not tried again; the covering step goes on.
                 self._failed.add(key)
                 _log.warning("a step could not be compiled in the background: %s", error)
+            self._clean_up()
 
     def choose(self, rows: int, seqs: int, mode: StepMode) -> StepKey:
         """The compiled step to run for so many token rows and sequences, or the one to compile."""
         exact = StepKey(self._buckets.fit(rows, seqs), mode)
         if exact in self._needs:
             return exact
-        covering = [
-            key
-            for key in self._needs
-            if key.mode == mode and key.shape.rows >= rows and key.shape.seqs >= seqs
-        ]
-        return min(covering, key=lambda k: (k.shape.rows, k.shape.seqs), default=exact)
+        covers = self._buckets.covers
+        covering = [k for k in self._needs if k.mode == mode and covers(k.shape, rows, seqs)]
+        return min(covering, key=_size, default=exact)
 
     def refine(self, rows: int, seqs: int, mode: StepMode) -> None:
         """Has the exact step compiled in the background, if it is not there yet."""
         exact = StepKey(self._buckets.fit(rows, seqs), mode)
-        if exact not in self._needs and exact not in self._pending:
+        if exact in self._needs or exact in self._pending:
+            return
+        if time.monotonic() - self._short_s.get(exact, -_RETRY_S) >= _RETRY_S:
             self._pending[exact] = self._background.submit(self._runner.compile, exact)
 
     def ensure(self, key: StepKey) -> int:
@@ -121,26 +138,50 @@ class StepCompiler:
 
         Raises:
             CompileFailed: XLA refuses it.
+            OutOfMemory: the device has not enough left to compile it.
         """
         if key not in self._needs:
             begin = time.perf_counter()
             with self._bar(1, f"Compiling a step of {key.shape.rows} tokens") as bar:
                 try:
-                    self._needs[key] = self._runner.compile(key)
+                    self._needs[key] = self._compile_in_the_room_there_is(key)
                 except Exception as error:
+                    if _is_short(error):
+                        raise OutOfMemory(f"no memory to compile a step with: {error}") from error
                     raise CompileFailed(
                         f"a step could not be compiled: {error}", key.mode
                     ) from error
+                finally:
+                    self.waited_s += time.perf_counter() - begin
                 bar.update()
-            self.waited_s += time.perf_counter() - begin
+            self._clean_up()
         return self._needs[key]
 
+    def _compile_in_the_room_there_is(self, key: StepKey) -> int:
+        try:
+            return self._runner.compile(key)
+        except Exception as error:
+            if self.make_way is None or not _is_short(error):
+                raise
+        self.make_way()
+        return self._runner.compile(key)
+
+    def _clean_up(self) -> None:
+        """After compiling: XLA's allocator may still hold what that took."""
+        if self.make_way is not None:
+            self.make_way()
+
     def need_bytes(self, rows: int, seqs: int, mode: StepMode, exact: bool) -> int:
-        """What the step needs that `choose` gives for this size. With `exact` the smallest bucket
-        is compiled for it if it is not yet, where a larger one would do but needs more."""
+        """What the step needs that `choose` gives for this size, or more: nothing is compiled for a
+        plan that may come to nothing, as long as some step covers it. With `exact` the smallest
+        bucket is compiled if it is not yet, where a larger one would do but needs more."""
         if exact:
             return self.ensure(StepKey(self._buckets.fit(rows, seqs), mode))
-        return self.ensure(self.choose(rows, seqs, mode))
+        key = self.choose(rows, seqs, mode)
+        if key not in self._needs:
+            larger = [k for k in self._needs if k.mode == mode and _holds(k.shape, rows, seqs)]
+            key = min(larger, key=_size, default=key)
+        return self.ensure(key)
 
     def close(self) -> None:
         """Gives up what waits to be compiled; what is being compiled ends on its own."""
@@ -148,3 +189,16 @@ class StepCompiler:
 
     def _bar(self, total: int, what: str) -> tqdm:
         return tqdm(total=total, desc=what, unit="step", disable=not self._progress, leave=False)
+
+
+def _size(key: StepKey) -> tuple[int, int]:
+    return key.shape.rows, key.shape.seqs
+
+
+def _holds(shape: StepShape, rows: int, seqs: int) -> bool:
+    return shape.rows >= rows and shape.seqs >= seqs
+
+
+def _is_short(error: BaseException) -> bool:
+    """Whether XLA failed because the device has no memory left."""
+    return "RESOURCE_EXHAUSTED" in str(error)

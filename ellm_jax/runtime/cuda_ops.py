@@ -9,6 +9,7 @@ batch.
 from __future__ import annotations
 
 import functools
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,16 @@ from jax.typing import DTypeLike
 
 from ellm_jax import _native
 from ellm_jax.models.xla_ops import XlaOps
-from ellm_jax.runtime.batch import sequences_of
+from ellm_jax.runtime.batch import check_decodes_only, sequences_of
 
 COMPILER_OPTIONS: dict[str, bool | str] = {
     # Without it XLA copies the slice of the stacked weights that a cuBLAS call reads, for every
     # layer and step: a decode step would move its weights three times. (Off by default in XLA.)
     "xla_gpu_enable_dynamic_slice_fusion": True,
+    # What goes into CUDA graphs: XLA's list without DYNAMIC_SLICE_FUSION. The offset of such a
+    # slice is the layer's, so a graph with one in it would be recorded anew for every layer of
+    # every step, on the host's time.
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN",
 }
 """For `jax.jit(..., compiler_options=...)` of a step on CUDA."""
 
@@ -72,11 +77,13 @@ def attention(
         k: `[T, Hkv, D]`.
         v: `[T, Hkv, D]`.
         meta: `i32[M]`, a packed step (`StepLayout`); its own `kv_id` is not read.
-        layer: `i32[]`.
+        layer: `i32[]`. It and the window are operands of their own: joined, they would be one more
+            kernel for every layer.
         window: `i32[]`, how many tokens a query sees, itself included; 0 sees all.
         epoch: `i32[1]`, that of the call before.
         kv_id: registry id of the KV cache, or of a group with one cache per device.
-        sequences: the most that the step holds.
+        sequences: the most that the step holds. If there are no more rows than sequences, each has
+            to have one row (`StepShape.decodes_only`); rows of one that has several are NaN.
         max_tokens: of a slot.
         scale: multiplies q . k.
         soft_cap: scores become `soft_cap * tanh(score / soft_cap)`; 0 leaves them.
@@ -101,14 +108,15 @@ def attention(
             jax.ShapeDtypeStruct((max(workspace, 1),), jnp.uint8),
         ),
         has_side_effect=True,
-        input_output_aliases={5: 1},
+        input_output_aliases={6: 1},
     )
     out, epoch, _ = call(
         q,
         k,
         v,
         meta,
-        jnp.stack([layer, window]),
+        layer,
+        window,
         epoch,
         scale=np.float32(scale),
         soft_cap=np.float32(soft_cap),
@@ -116,6 +124,26 @@ def attention(
         sequences=np.int32(sequences),
     )
     return out, epoch
+
+
+class _ChecksSteps(Protocol):
+    def check_step(self, metadata: Any, /) -> None: ...
+
+
+def check_step(kv: _ChecksSteps, meta: np.ndarray[tuple[int], np.dtype[np.int32]]) -> None:
+    """Refuses a packed step that would touch what is not mapped, or that the kernels of its shape
+    do not compute. On the device nobody could.
+
+    Args:
+        kv: the KV cache, or the group of caches.
+        meta: `i32[M]`.
+
+    Raises:
+        RuntimeError: a slot is not mapped far enough.
+        ValueError: the metadata makes no sense, or a prompt is in a step for decodes only.
+    """
+    kv.check_step(meta)
+    check_decodes_only(meta)
 
 
 def load_kernels(
@@ -148,8 +176,9 @@ class CudaOps(XlaOps):
     and disturb nothing."""
 
     def __init__(self, meta: jax.Array, rows: jax.Array, *, kv_id: int, max_tokens: int):
-        """Takes the packed step (`i32[M]`), its token rows in use (`i32[1]`; unused, for padding
-        costs nothing here), the KV cache's registry id and the length of its slots."""
+        """Takes the packed step (`i32[M]`), its token rows in use (`i32[1]`; unused, for attention
+        reads them in the step and all else computes padding too), the KV cache's registry id and
+        the length of its slots."""
         self._meta = meta
         self._kv_id = kv_id
         self._max_tokens = max_tokens

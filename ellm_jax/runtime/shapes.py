@@ -17,6 +17,12 @@ class StepShape:
     rows: int
     seqs: int
 
+    @property
+    def decodes_only(self) -> bool:
+        """Whether there are no more rows than sequences. On a GPU such a step is launched without
+        the kernels for prompts, and takes only sequences of one row each."""
+        return self.rows <= self.seqs
+
 
 @dataclass(frozen=True)
 class StepMode:

@@ -47,6 +47,9 @@ class SimBuffer:
         self.taken.difference_update(ids)
         self._spare += ids
 
+    def close(self) -> None:
+        """It has no thread."""
+
     def usage(self) -> dict[str, int]:
         """Bytes: "limit", "used", "free", "peak_used", "physical"."""
         used = len(self.taken) * self._block_bytes

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
+import traceback
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from gpu_check_lib.report import Job, Report, main
@@ -14,26 +17,45 @@ _PROMPTS = 4
 
 def stage(job: Job) -> None:
     """Decoding by batch, then prefill. An engine for each: their steps have other shapes."""
-    from gpu_check_lib.measure import copy_bandwidth, machine, matrix_rate
+    from ellm_jax.devices import open_devices
 
     chosen = sizes(dry_run=job.dry_run)
+    # Before anything else uses JAX: it has to take its memory from where the engine needs it.
+    open_devices(chosen.device)
+    from ellm_jax.bench.cuda_kernels import copy_rate, matrix_rate
+    from gpu_check_lib.measure import machine
+
     report = job.report
     report.data["machine"] = machine()
-    bandwidth, rate = copy_bandwidth(chosen.copy_bytes), matrix_rate(chosen.matrix)
+    bandwidth, rate = copy_rate(chosen.copy_bytes), matrix_rate(chosen.matrix)
     report.data |= {"copy_bytes_per_s": bandwidth, "matrix_flop_per_s": rate}
     report.add("copy bandwidth", f"{bandwidth / 1e9:.1f} GB/s")
     report.add("bfloat16 matrix rate", f"{rate / 1e12:.2f} TFLOP/s")
     report.data["decode"] = []
-    for number, batch in enumerate(chosen.batches):
-        last = number == len(chosen.batches) - 1
-        _decode(job, chosen, batch, bandwidth, most=last)
-    _prefill(job, chosen, rate)
-    _draw(report, job)
+    parts: list[tuple[str, Callable[[], None]]] = [
+        (
+            f"decoding, batch {batch}",
+            partial(_decode, job, chosen, batch, bandwidth, most=batch == chosen.batches[-1]),
+        )
+        for batch in chosen.batches
+    ]
+    parts.insert(2, ("prefill", lambda: _prefill(job, chosen, rate)))
+    failed = []
+    for what, measure in parts:
+        try:
+            measure()
+        except Exception as error:  # the next one has an engine of its own
+            traceback.print_exc()
+            failed.append(f"{what}: {type(error).__name__}: {error}")
+            report.add(what, f"failed: {error}"[:200])
+        _draw(report, job)
+    if failed:
+        raise RuntimeError("; ".join(failed))
 
 
-def step_bytes(config: Any, element_bytes: int, batch: int, context: int) -> int:
+def step_bytes(config: Any, element_bytes: int, tokens: float) -> float:
     """Bytes that a decoding step has to read: every weight but the embedding, whose rows are few,
-    and the K and V of all tokens."""
+    and K and V of so many tokens of all requests together."""
     from ellm_jax.models import param_shapes
 
     weights = sum(
@@ -41,7 +63,7 @@ def step_bytes(config: Any, element_bytes: int, batch: int, context: int) -> int
         for name, shape in param_shapes(config).items()
         if name != "embed" or config.tie_embeddings
     )
-    kv = 2 * config.num_layers * config.kv_size * batch * context
+    kv = 2 * config.num_layers * config.kv_size * tokens
     return element_bytes * (weights + kv)
 
 
@@ -59,27 +81,40 @@ def prefill_operations(config: Any, tokens: int) -> float:
 
 
 def _decode(job: Job, chosen: Sizes, batch: int, bandwidth: float, *, most: bool) -> None:
-    from gpu_check_lib.inside import decoding, open_engine, watch_steady
+    from gpu_check_lib.inside import (
+        clear_memory,
+        decoding,
+        open_engine,
+        use_steps,
+        watch_steady,
+    )
 
     report = job.report
     # Requests grow while they are watched, and none may end. Where memory is what bounds the batch,
     # room is kept for all that they may grow to.
-    tokens = 1900 if job.dry_run else 1024 if most else 6144
+    tokens = 1024 if most and not job.dry_run else chosen.decode_len - chosen.context - 1
     engine = open_engine(
-        job, chosen, max_num_seqs=batch, max_batch_tokens=2 * batch, policy="intra"
+        job,
+        chosen,
+        max_num_seqs=batch,
+        max_batch_tokens=2 * batch,
+        max_model_len=chosen.decode_len,
+        policy="intra",
     )
     with engine:
+        use_steps(engine, [(batch, batch)])
+        clear_memory(engine)
         with decoding(engine, batch, chosen.context, tokens) as running:
             steady = watch_steady(engine, running, chosen.seconds, chosen.steps)
         limit = engine.memory().limit_bytes
         mean_batch = steady.stats.decode_tokens / steady.stats.steps
-        bytes_read = step_bytes(engine.model_config, 2, round(mean_batch), chosen.context)
+        bytes_read = step_bytes(engine.model_config, 2, mean_batch * steady.context_tokens)
     roofline_s = bytes_read / bandwidth
     found = {
         "asked": batch,
         "running": running,
         "mean_batch": mean_batch,
-        "context": chosen.context,
+        "context": steady.context_tokens,
         "limit_bytes": limit,
         "step_ms": 1e3 * steady.step_s,
         "device_ms": 1e3 * steady.device_s,
@@ -87,27 +122,37 @@ def _decode(job: Job, chosen: Sizes, batch: int, bandwidth: float, *, most: bool
         "tokens_per_s": mean_batch / steady.step_s,
         "share_of_roofline": roofline_s / steady.step_s,
         "host_gap": steady.gap,
+        "dispatch_ms": 1e3 * steady.stats.dispatch_s / steady.stats.steps,
         "mapping": steady.stats.map_s / steady.watched_s,
     }
     report.data["decode"].append(found)
-    label = f"batch {running}" + (f", most in {limit / GIB:.0f} GiB" if most else "")
+    label = f"batch {running}"
+    if most:
+        label += f", most in {limit / GIB:.0f} GiB" if running < batch else ", more would fit"
+    else:
+        report.add("requests that decode at once", f"{running}", f"{batch}", running == batch)
     report.add(
         f"decoding, {label}",
         f"{found['tokens_per_s']:.0f} tokens/s, {found['step_ms']:.2f} ms a step",
     )
     report.add_share(f"share of the roofline, {label}", found["share_of_roofline"], 0.80)
     report.add_most(f"host gap between steps, {label}", steady.gap, 0.05)
+    # Much of a step, where the call waits for the device in the middle of it.
+    dispatch = found["dispatch_ms"] / found["step_ms"]
+    report.add(f"share of a step the call takes, {label}", f"{dispatch:.0%}")
 
 
 def _prefill(job: Job, chosen: Sizes, rate: float) -> None:
     """Prompts of one step each, one after the other."""
     from ellm_jax import SamplingParams
-    from gpu_check_lib.inside import open_engine, wait_for_compiler
+    from gpu_check_lib.inside import open_engine, use_steps
 
     report = job.report
     tokens = chosen.prefill
     settings: dict[str, Any] = {"max_num_seqs": 1, "max_batch_tokens": tokens, "policy": "intra"}
+    settings["max_model_len"] = tokens + 16
     with open_engine(job, chosen, **settings) as engine:
+        use_steps(engine, [(tokens, 1)])
         vocab = engine.model_config.vocab_size
         prompts = [
             [(7 * number + 3 * at + 11) % (vocab - 3) + 3 for at in range(tokens)]
@@ -118,7 +163,6 @@ def _prefill(job: Job, chosen: Sizes, rate: float) -> None:
         for number, prompt in enumerate(prompts):
             metrics = engine.generate([prompt], params)[0].metrics
             if number == 0:
-                wait_for_compiler(engine)
                 continue
             assert metrics.first_token_s is not None
             assert metrics.first_scheduled_s is not None
@@ -140,6 +184,8 @@ def _prefill(job: Job, chosen: Sizes, rate: float) -> None:
 
 def _draw(report: Report, job: Job) -> None:
     """Steps against the roofline."""
+    if not report.data["decode"]:
+        return
     try:
         import matplotlib
 

@@ -16,6 +16,7 @@ from gpu_check_lib.sizes import GIB, MIB
 _CHUNK_BYTES = 2 * MIB
 _EVERYTHING = 1 << 62
 _GRAPHS_OFF = "--xla_gpu_enable_command_buffer="
+_WORK_S = 1.0
 
 
 def stage(job: Job) -> None:
@@ -29,6 +30,7 @@ def stage(job: Job) -> None:
     report.add("device", report.data["machine"]["device"])
     looks: list[Callable[[], None]] = [
         lambda: _mapping(report, "cpu" if job.dry_run else "cuda:0"),
+        lambda: _mapping_beside_work(report, "cpu" if job.dry_run else "cuda:0", small=job.dry_run),
         lambda: _graphs(job),
         lambda: _waiting(report, small=job.dry_run),
     ]
@@ -63,6 +65,33 @@ def _mapping(report: Report, device: str) -> None:
         report.add(f"us per 2 MiB: {what}", f"{us:.1f}")
 
 
+def _mapping_beside_work(report: Report, device: str, *, small: bool) -> None:
+    """The same while the device computes: a call that waits for what runs takes as long as that."""
+    from ellm_jax import _native
+    from gpu_check_lib.measure import long_work
+
+    work, operand, seconds = long_work(_WORK_S, small=small)
+    begin = time.monotonic()
+    running = work(operand)
+    begun_s = time.monotonic() - begin
+    runs: dict[str, list[float]] = {}
+    while not running.is_ready():
+        times = _native.time_mapping(device, _CHUNK_BYTES, 16, 1)
+        if not running.is_ready():
+            for what, us in times.items():
+                runs.setdefault(what, []).extend(us)
+    data = {"work_ms": 1e3 * seconds, "call_ms": 1e3 * begun_s, "runs": runs}
+    report.data["mapping_beside_work"] = data
+    what = f"mapping while {1e3 * seconds:.0f} ms of work run"
+    if not runs:
+        report.add(what, "returned only when the work was over")
+        return
+    report.add(what, f"{len(next(iter(runs.values())))} rounds before the work was over")
+    for call, us in runs.items():
+        median = sorted(us)[len(us) // 2]
+        report.add(f"us per 2 MiB beside work: {call}", f"{median:.1f}, at most {max(us):.1f}")
+
+
 def _allocator(report: Report, memory: Any, device: Any) -> None:
     """What of XLA's allocator can be seen from outside."""
     from ellm_jax.devices.allocator import check_allocator
@@ -76,28 +105,11 @@ def _allocator(report: Report, memory: Any, device: Any) -> None:
     report.add("release threshold as XLA leaves it", f"{usage.threshold} bytes")
 
 
-def _large_temp(count_bytes: int) -> tuple[Callable[[], Any], int]:
-    """A compiled step whose temporaries take about so many bytes; and what XLA says they take."""
-    import jax
-    import jax.numpy as jnp
-
-    size = max(128, int((count_bytes / 2) ** 0.5) // 128 * 128)
-    a = jax.random.normal(jax.random.key(0), (size, 64), jnp.bfloat16)
-    b = jax.random.normal(jax.random.key(1), (64, size), jnp.bfloat16)
-
-    def step(a: Any, b: Any) -> Any:
-        # The square matrix has to be there as a whole: it is read by rows and by columns.
-        square = jnp.tanh(a @ b)
-        return (square @ a).sum() + (b @ square).sum()
-
-    jitted = jax.jit(step)
-    stated = jitted.lower(a, b).compile().memory_analysis()
-    return lambda: jitted(a, b), int(stated.temp_size_in_bytes)
-
-
 def _trim(report: Report, memory: Any) -> None:
     """Whether a trim after a step with large temporaries lowers what the device has in use."""
-    step, stated = _large_temp(4 * GIB)
+    from gpu_check_lib.measure import large_temp
+
+    step, stated = large_temp(4 * GIB)
     memory.keep(_EVERYTHING)
     step().block_until_ready()  # what libraries take for good is there after this
     memory.synchronize()
@@ -143,11 +155,11 @@ def _trim(report: Report, memory: Any) -> None:
 
 def _threshold(report: Report, memory: Any) -> None:
     """What a step costs when the driver gives its memory back each time, and when it keeps it."""
-    from gpu_check_lib.measure import seconds_per_call
+    from gpu_check_lib.measure import large_temp, seconds_per_call
 
     found = {}
     for label, count_bytes in (("64 MiB", 64 * MIB), ("1 GiB", GIB)):
-        step, _ = _large_temp(count_bytes)
+        step, _ = large_temp(count_bytes)
         for kind, keep in (("threshold 0", 0), ("kept", _EVERYTHING)):
             memory.keep(keep)
             # Each call is waited for: that is when the driver gives memory back.

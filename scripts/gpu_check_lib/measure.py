@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ellm_jax.memory.device_pool import DevicePool
 
@@ -34,19 +35,37 @@ def seconds_per_call(call: Callable[[], Any], calls: int, rounds: int = _ROUNDS)
     return statistics.median(times)
 
 
-def copy_bandwidth(count_bytes: int) -> float:
-    """Bytes read and written per second by a kernel that does nothing else."""
-    source = jax.random.bits(jax.random.key(0), (count_bytes // 4,), jnp.uint32)
-    copy = jax.jit(lambda x: x ^ 1)
-    seconds = seconds_per_call(lambda: copy(source), 8)
-    return 2 * count_bytes / seconds
+def large_temp(count_bytes: int) -> tuple[Callable[[], Any], int]:
+    """A compiled step whose temporaries take about so many bytes; and what XLA says they take."""
+    size = max(128, int((count_bytes / 2) ** 0.5) // 128 * 128)
+    a = jax.random.normal(jax.random.key(0), (size, 64), jnp.bfloat16)
+    b = jax.random.normal(jax.random.key(1), (64, size), jnp.bfloat16)
+
+    def step(a: Any, b: Any) -> Any:
+        # The square matrix has to be there as a whole: it is read by rows and by columns.
+        square = jnp.tanh(a @ b)
+        return (square @ a).sum() + (b @ square).sum()
+
+    jitted = jax.jit(step)
+    stated = jitted.lower(a, b).compile().memory_analysis()
+    return lambda: jitted(a, b), int(stated.temp_size_in_bytes)
 
 
-def matrix_rate(size: int) -> float:
-    """Operations per second of a square bfloat16 matrix product on random data."""
-    a, b = (jax.random.normal(jax.random.key(seed), (size, size), jnp.bfloat16) for seed in (1, 2))
-    multiply = jax.jit(lambda a, b: a @ b)
-    return 2.0 * size**3 / seconds_per_call(lambda: multiply(a, b), 8)
+def long_work(seconds: float, *, small: bool) -> tuple[Callable[[Any], Any], Any, float]:
+    """Something that keeps the device busy for about so long, compiled; its operand; and the
+    seconds that it takes."""
+    size, rounds = (64, 16) if small else (8192, 64)
+    a = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
+
+    def work(a: Any, rounds: int) -> Any:
+        # A loop of a length that is known: the call does not wait for it.
+        return lax.fori_loop(0, rounds, lambda _, x: jnp.tanh(a @ x), a)
+
+    jitted = jax.jit(work, static_argnums=1)
+    once_s = seconds_per_call(lambda: jitted(a, rounds), 1)
+    wanted = rounds if small else max(1, round(rounds * seconds / once_s))
+    took_s = seconds_per_call(lambda: jitted(a, wanted), 1, rounds=1)
+    return lambda x: jitted(x, wanted), a, took_s
 
 
 class DeviceMemory:

@@ -62,7 +62,8 @@ class Sizes:
         device: of `EngineConfig`.
         device_memory: of `EngineConfig`; None for its default.
         context: tokens behind which decoding is measured.
-        batches: requests that decode at once; the last one is more than fits.
+        batches: requests that decode at once; the last one is more than fits, or than is asked of
+            anybody.
         prefill: tokens of the prompt whose prefill is measured.
         steps: of a measurement of decoding.
         copy_bytes, matrix: of the measurements of bandwidth and matrix rate.
@@ -71,6 +72,9 @@ class Sizes:
         workloads: of the offline table.
         long_context: tokens of the longest prompts.
         max_num_seqs: most requests at once in the offline table.
+        decode_len: most tokens of a request whose decoding is measured.
+        uneven: needs of steps that follow each other, in bytes, to see what a memory pool makes
+            of them.
     """
 
     model: dict[str, Any]
@@ -87,6 +91,8 @@ class Sizes:
     workloads: tuple[Workload, ...]
     long_context: int
     max_num_seqs: int
+    decode_len: int
+    uneven: tuple[int, ...]
 
 
 _GPU = Sizes(
@@ -97,7 +103,7 @@ _GPU = Sizes(
     device="cuda",
     device_memory=None,
     context=2048,
-    batches=(1, 32, 384),
+    batches=(1, 32, 512),
     prefill=8192,
     steps=48,
     copy_bytes=2 * GIB,
@@ -106,11 +112,13 @@ _GPU = Sizes(
     seconds=6.0,
     workloads=(
         Workload("8k/2k", 8192, 256, 48),
-        Workload("16k/2k", 16384, 256, 24),
         Workload("32k/4k", 32768, 256, 12),
+        Workload("16k/2k", 16384, 256, 24),
     ),
     long_context=131072,
     max_num_seqs=64,
+    decode_len=8192,
+    uneven=tuple(int(gib * GIB) for gib in (0.5, 0.8, 1.3, 2.1, 3.4, 1.1, 0.6, 3.0)),
 )
 
 _TINY = Sizes(
@@ -130,6 +138,8 @@ _TINY = Sizes(
     workloads=(Workload("64/16", 64, 8, 6),),
     long_context=1024,
     max_num_seqs=4,
+    decode_len=2048,
+    uneven=tuple(kib << 10 for kib in (256, 400, 700, 300)),
 )
 
 

@@ -11,22 +11,31 @@ from gpu_check_lib.sizes import MIB, Sizes, sizes
 
 _SPARE_CHUNKS = 8
 _ROUNDS = 4
+_SLACK = 2 * MIB
+_MAPPED_CHUNKS = 64
 
 
 def stage(job: Job) -> None:
     """Both, in one engine."""
-    from gpu_check_lib.inside import decoding, open_engine, wait_for_compiler, watch_steady
+    from gpu_check_lib.inside import clear_memory, decoding, open_engine, watch_steady
     from gpu_check_lib.measure import machine
 
     chosen = sizes(dry_run=job.dry_run)
     batch = chosen.batches[1]
     report = job.report
-    tokens = 4096 if not job.dry_run else 1900
+    tokens = chosen.decode_len - chosen.context - 1
     engine = open_engine(
-        job, chosen, max_num_seqs=batch, max_batch_tokens=2 * batch, policy="intra"
+        job,
+        chosen,
+        max_num_seqs=batch,
+        max_batch_tokens=2 * batch,
+        max_model_len=chosen.decode_len,
+        policy="intra",
     )
     with engine:
         report.data["machine"] = machine()
+        _compiling(engine, report, batch)
+        clear_memory(engine)
         with decoding(engine, batch, chosen.context, tokens) as running:
             steady = watch_steady(engine, running, chosen.seconds, chosen.steps)
         report.data["steady"] = {
@@ -36,9 +45,23 @@ def stage(job: Job) -> None:
             "kv": engine._loop.ledger.kv.stats(),
         }
         report.add_most("mapping in steady decoding", steady.stats.map_s / steady.watched_s, 0.01)
-        wait_for_compiler(engine)
         engine.trim()
-        _Moves(engine, report, chosen).run(job)
+        moves = _Moves(engine, report, chosen)
+        moves.run(job)
+        moves.uneven()
+
+
+def _compiling(engine: Any, report: Report, batch: int) -> None:
+    """What compiling takes of the device, which nobody counts."""
+    from gpu_check_lib.inside import use_steps
+    from gpu_check_lib.measure import DeviceMemory, Watch
+
+    memory = DeviceMemory(getattr(engine._loop.ledger._balloon, "pool", None))
+    with Watch(memory) as watch:
+        use_steps(engine, [(batch, batch)])
+    taken = watch.peak_bytes - watch.samples[0][1]
+    report.data["compiling_bytes"] = taken
+    report.add("most memory that compiling a step took", f"{taken / MIB:.0f} MiB")
 
 
 class _Moves:
@@ -50,18 +73,18 @@ class _Moves:
         self._engine = engine
         self._report = report
         self._bytes = chosen.inflate_bytes
+        self._uneven = chosen.uneven
         self._ledger = engine._loop.ledger
         self._pool = getattr(self._ledger._balloon, "pool", None)
         self._memory = DeviceMemory(self._pool)
 
     def run(self, job: Job) -> None:
         """Rounds of both ways while the memory is watched."""
-        from gpu_check_lib.facts import _large_temp
         from gpu_check_lib.inside import on_thread
-        from gpu_check_lib.measure import Watch, nvidia_smi
+        from gpu_check_lib.measure import Watch, large_temp, nvidia_smi
 
-        step, stated = _large_temp(self._bytes)
-        self._need = stated + 2 * MIB
+        step, stated = large_temp(self._bytes)
+        self._need = stated + _SLACK
         ledger = self._ledger
         usage = ledger.usage()
         # The limit lets one of the two have the memory, not both.
@@ -113,6 +136,51 @@ class _Moves:
             f"{(usage.reserved - usage.used) / MIB:.0f} MiB",
         )
         draw_watch(self._report, job)
+
+    def uneven(self) -> None:
+        """Steps whose needs rise and fall beside KV: whether the pool reserves more than the ledger
+        has given to activations, because a piece that was kept fits no other size."""
+        from gpu_check_lib.inside import on_thread
+        from gpu_check_lib.measure import large_temp
+
+        steps = [large_temp(size) for size in self._uneven]
+        ledger = self._ledger
+        usage = ledger.usage()
+        chunks = _MAPPED_CHUNKS if self._pool is not None else _SPARE_CHUNKS
+        limit = usage["weights"] + usage["workspace"] + max(stated for _, stated in steps)
+        limit += _SLACK + (chunks + _SPARE_CHUNKS) * ledger.chunk_bytes
+        self._engine.resize(device_memory=limit)
+        self._engine.trim()
+        live = 0 if self._pool is None else self._pool.usage().used
+        found = []
+
+        def run() -> None:
+            slot = ledger.open_slot(ledger.tile_tokens)
+            ledger.extend(slot, chunks * ledger.tile_tokens)
+            for step, stated in steps:
+                lease = ledger.reserve(stated + _SLACK, [], [])
+                step().block_until_ready()
+                reserved = 0 if self._pool is None else self._pool.usage().reserved
+                given = ledger.usage()["activation"]
+                ledger.finish(lease)
+                found.append({"need": stated, "given": given, "reserved": reserved - live})
+            ledger.release(slot)
+
+        on_thread(self._engine, run)
+        self._report.data["uneven"] = found
+        if self._pool is None:
+            self._report.skip("memory pool against the ledger, steps of uneven sizes")
+            return
+        from ellm_jax.devices.cuda import CudaDevice
+
+        over = max(each["reserved"] - each["given"] for each in found)
+        allowed = CudaDevice.rounding_bytes
+        self._report.add(
+            "memory pool above the ledger, steps of uneven sizes",
+            f"{over / MIB:.0f} MiB",
+            f"at most {allowed / MIB:.0f} MiB",
+            over <= allowed,
+        )
 
     def _counted(self) -> int:
         """What the pool counts as taken, less what activations hold and do not use now."""

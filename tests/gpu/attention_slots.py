@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ DTYPES: dict[str, Any] = {
     "bfloat16": ml_dtypes.bfloat16,
     "float16": np.float16,
 }
-LAYER, LAYERS = 1, 2
+LAYERS = 2
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Shape:
 
 
 class DeviceSlots:
-    """Slots on a device ("cuda" or "cpu"), and every token that was written to them."""
+    """Slots on a device ("cuda" or "cpu"), and every token that was written to them. Before, their
+    memory is NaN."""
 
     def __init__(self, device: str, shape: Shape, *, max_tokens: int = 4096, slots: int = 8):
         self.shape = shape
@@ -60,7 +62,11 @@ class DeviceSlots:
         chunks = -(-max_tokens // layout.tile_tokens) * slots
         self.pool = native.Pool(layout.chunk_bytes, chunks * layout.chunk_bytes, device=name)
         self.kv = native.KvCache(self.pool, layout)
-        self.history: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._copier = native.Copier(name)
+        self._poison = native.HostBuffer(layout.chunk_bytes, layout.chunk_bytes, name)
+        (self._poisoned,) = self._poison.take(1)
+        ctypes.memset(self._poison.address(self._poisoned), 0xFF, layout.chunk_bytes)
+        self.history: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
         self.epoch = jnp.zeros(1, jnp.int32)
         if device == "cuda":
             cuda_ops.register()
@@ -70,16 +76,18 @@ class DeviceSlots:
             attention = ops.attention
         self._attention = partial(attention, scale=shape.scale, soft_cap=shape.soft_cap)
         self._on_cuda = device == "cuda"
+        self._max_tokens = max_tokens
         self._calls: dict[int, Any] = {}
 
     def close(self) -> None:
         """Gives everything back; the steps are over."""
         jax.block_until_ready(self.epoch)
+        self._copier.close()
         self.kv.close()
 
-    def tokens(self, slot: int) -> int:
-        """Written to a slot."""
-        return len(self.history[slot][0]) if slot in self.history else 0
+    def tokens(self, slot: int, layer: int = 1) -> int:
+        """Written to a layer of a slot."""
+        return len(self.history[layer, slot][0]) if (layer, slot) in self.history else 0
 
     def random(self, rng: np.random.Generator, rows: int) -> list[np.ndarray]:
         """q, k and v of so many tokens."""
@@ -97,32 +105,65 @@ class DeviceSlots:
         *,
         rows: int | None = None,
         sequences: int = 8,
+        layer: int = 1,
+        checked: bool = True,
     ) -> np.ndarray:
-        """Runs (slot, tokens) after what the slots hold; returns all rows of the bucket. The result
-        memory is NaN before."""
+        """Runs (slot, tokens) after what the layer of the slots holds; returns all rows of the
+        bucket, which has more than asked for where a prompt needs them. The result memory is NaN
+        before. Not `checked`, the step runs as it is."""
         used = len(qkv[0])
         rows = used if rows is None else rows
+        if checked and used > len(spans):
+            rows = max(rows, sequences + 1)
         padded = [np.concatenate([x, np.ones((rows - used, *x.shape[1:]), x.dtype)]) for x in qkv]
         described, at = [], 0
         for slot, count in spans:
-            past = self.tokens(slot)
-            if past == 0:
-                self.kv.take(slot)
+            past = self.tokens(slot, layer)
             described.append(Span(slot, past, [0] * count, True))
-            self.kv.extend([slot], [past + count])
+            self._map(slot, past + count)
             new = tuple(x[at : at + count] for x in qkv[1:])
-            old = self.history.get(slot, tuple(x[:0] for x in qkv[1:]))
-            self.history[slot] = tuple(np.concatenate(pair) for pair in zip(old, new, strict=True))  # type: ignore[assignment]
+            old = self.history.get((layer, slot), tuple(x[:0] for x in qkv[1:]))
+            pairs = zip(old, new, strict=True)
+            self.history[layer, slot] = tuple(np.concatenate(pair) for pair in pairs)  # type: ignore[assignment]
             at += count
         assert at == used
         layout = StepLayout(StepShape(rows, sequences), self.kv.layout.num_slots)
         meta = layout.pack(self.kv.id, described)
-        self.kv.check_step(meta)
+        if checked:
+            cuda_ops.check_step(self.kv, meta)
+        self._load_kernels(rows, sequences)
         poison = jnp.full(padded[0].shape, np.nan, padded[0].dtype)
         out, self.epoch = self._call(sequences)(
-            poison, *padded, meta, np.int32(LAYER), np.int32(self.shape.window), self.epoch
+            poison, *padded, meta, np.int32(layer), np.int32(self.shape.window), self.epoch
         )
         return np.asarray(out)
+
+    def _map(self, slot: int, tokens: int) -> None:
+        """Maps a slot so far, and fills what is new with NaN."""
+        if all(self.tokens(slot, layer) == 0 for layer in range(LAYERS)):
+            self.kv.take(slot)
+        tile = self.kv.layout.tile_tokens
+        before = -(-self.kv.mapped_tokens(slot) // tile)
+        if tokens <= self.kv.mapped_tokens(slot):
+            return
+        self.kv.extend([slot], [tokens])
+        for chunk in range(before, -(-tokens // tile)):
+            copy = self._copier.fetch(self.kv, slot, chunk, self._poison, [self._poisoned])
+            self._copier.wait(copy)
+
+    def _load_kernels(self, rows: int, sequences: int) -> None:
+        """Before a step is compiled, as an engine does; nothing on a CPU."""
+        if self._on_cuda:
+            cuda_ops.load_kernels(
+                [0],
+                DTYPES[self.shape.dtype],
+                rows=rows,
+                sequences=sequences,
+                q_heads=self.shape.kv_heads * self.shape.group,
+                kv_heads=self.shape.kv_heads,
+                head_dim=self.shape.head_dim,
+                max_tokens=self._max_tokens,
+            )
 
     def _call(self, sequences: int) -> Any:
         if sequences not in self._calls:
@@ -137,10 +178,10 @@ class DeviceSlots:
             self._calls[sequences] = jax.jit(call, donate_argnums=0, keep_unused=True)
         return self._calls[sequences]
 
-    def reference(self, slot: int, position: int, q: np.ndarray) -> np.ndarray:
+    def reference(self, slot: int, position: int, q: np.ndarray, layer: int = 1) -> np.ndarray:
         """The row of one token ([Hq, D] in, float64 out)."""
         shape = self.shape
-        keys, values = (x[: position + 1].astype(np.float64) for x in self.history[slot])
+        keys, values = (x[: position + 1].astype(np.float64) for x in self.history[layer, slot])
         if shape.window:
             keys, values = keys[-shape.window :], values[-shape.window :]
         grouped = q.astype(np.float64).reshape(shape.kv_heads, shape.group, shape.head_dim)

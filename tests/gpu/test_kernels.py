@@ -41,18 +41,18 @@ def cuda_only(device: str) -> None:
         pytest.skip("about the kernels of a GPU")
 
 
-def check_step(slots, rng, spans, rows, seed, sampled=None):
+def check_step(slots, rng, spans, rows, seed, sampled=None, layer=1, sequences=8):
     """Runs a step and compares its rows, or some of each span, with float64."""
     used = sum(count for _, count in spans)
     qkv = slots.random(rng, used)
-    out = slots.step(spans, qkv, rows=rows)
+    out = slots.step(spans, qkv, rows=rows, layer=layer, sequences=sequences)
     assert not out[used:].astype(np.float32).any(), f"padding is not zero, seed {seed}"
     at = 0
     for slot, count in spans:
-        first = slots.tokens(slot) - count
+        first = slots.tokens(slot, layer) - count
         picked = range(count) if sampled is None else {0, count - 1, *rng.integers(count, size=8)}
         for i in sorted(picked):
-            want = slots.reference(slot, first + i, qkv[0][at + i])
+            want = slots.reference(slot, first + i, qkv[0][at + i], layer)
             error = relative_error(out[at + i], want)
             assert error < TOLERANCE[slots.shape.dtype], (
                 f"{slots.shape}, position {first + i} of slot {slot}, seed {seed}: {error}"
@@ -150,7 +150,7 @@ def test_a_prompt_has_the_same_bits_in_any_pieces(make_slots, dtype):
             piece = [
                 np.concatenate([n, x[at : at + count]]) for n, x in zip(noise, prompt, strict=True)
             ]
-            got = divided.step([(1, 5), (0, count)], piece)[5:]
+            got = divided.step([(1, 5), (0, count)], piece)[5 : 5 + count]
             np.testing.assert_array_equal(
                 got.view(np.uint8), want[at : at + count].view(np.uint8), f"{pieces}, seed {seed}"
             )
@@ -162,9 +162,47 @@ def test_layers_and_slots_do_not_disturb_each_other(make_slots):
     seed = 7
     rng = np.random.default_rng(seed)
     slots = make_slots(Shape("bfloat16", 2, 2, 64))
-    check_step(slots, rng, [(0, 200), (1, 200), (2, 17)], 420, seed, sampled=8)
-    for slot in (1, 0, 2, 1):
-        check_step(slots, rng, [(slot, 30)], 32, seed)
+    for layer in (1, 0):
+        check_step(slots, rng, [(0, 200), (1, 200), (2, 17)], 420, seed, sampled=8, layer=layer)
+    for layer in (0, 1):
+        for slot in (1, 0, 2, 1):
+            check_step(slots, rng, [(slot, 30)], 32, seed, layer=layer)
+        check_step(slots, rng, [(0, 1), (1, 1), (2, 1)], 8, seed, layer=layer)
+
+
+def test_a_slot_may_end_at_its_only_chunk(make_slots):
+    """Nothing past the last token is read, not even where the next tile of a kernel would be."""
+    seed = 11
+    rng = np.random.default_rng(seed)
+    slots = make_slots(Shape("bfloat16", 2, 4, 128))
+    tile = slots.kv.layout.tile_tokens
+    check_step(slots, rng, [(0, tile - 3)], None, seed, sampled=8)
+    for _ in range(3):
+        check_step(slots, rng, [(0, 1)], 8, seed)
+    assert slots.kv.mapped_tokens(0) == tile
+
+
+def test_parts_of_many_rows_are_merged_whoever_comes_last(make_slots):
+    seed = 13
+    rng = np.random.default_rng(seed)
+    batch = 24
+    slots = make_slots(Shape("bfloat16", 2, 4, 128), slots=batch, max_tokens=2048)
+    for slot in range(batch):
+        check_step(slots, rng, [(slot, 1000 + 40 * slot)], 2048, seed, sampled=1)
+    for _ in range(10):
+        check_step(slots, rng, [(slot, 1) for slot in range(batch)], 24, seed, sequences=batch)
+
+
+@pytest.mark.usefixtures("cuda_only")
+def test_a_prompt_in_a_step_for_decodes_is_refused_or_nan(make_slots):
+    slots = make_slots(Shape())
+    qkv = slots.random(np.random.default_rng(0), 3)
+    out = slots.step([(0, 3)], qkv, rows=8, checked=False).astype(np.float32)
+    assert np.isnan(out[:3]).all()
+    assert not out[3:].any()
+    layout = StepLayout(StepShape(8, 8), slots.kv.layout.num_slots)
+    with pytest.raises(ValueError, match="3 rows for 1 sequences"):
+        cuda_ops.check_step(slots.kv, layout.pack(slots.kv.id, [Span(0, 0, [0] * 3, True)]))
 
 
 def test_a_step_without_sequences_clears_its_rows(make_slots):

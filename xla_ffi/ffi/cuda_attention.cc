@@ -52,8 +52,9 @@ xf::Error as_error(const Status& status) {
 
 xf::Error attention_impl(CUstream_st* stream, int32_t device_ordinal, xf::AnyBuffer q,
                          xf::AnyBuffer k, xf::AnyBuffer v, xf::Buffer<xf::S32> meta,
-                         xf::Buffer<xf::S32> layer_and_window, xf::Buffer<xf::S32> epoch,
-                         xf::Result<xf::AnyBuffer> out, xf::Result<xf::Buffer<xf::S32>> epoch_out,
+                         xf::Buffer<xf::S32> layer, xf::Buffer<xf::S32> window,
+                         xf::Buffer<xf::S32> epoch, xf::Result<xf::AnyBuffer> out,
+                         xf::Result<xf::Buffer<xf::S32>> epoch_out,
                          xf::Result<xf::Buffer<xf::U8>> workspace, float scale, float soft_cap,
                          int32_t kv_id, int32_t sequences) {
   const auto qd = q.dimensions();
@@ -69,13 +70,15 @@ xf::Error attention_impl(CUstream_st* stream, int32_t device_ordinal, xf::AnyBuf
       v.element_type() != q.element_type() || out->element_type() != q.element_type()) {
     return invalid("q, k, v and the result have to be all float32, all bfloat16 or all float16");
   }
-  if (layer_and_window.element_count() != 2 || epoch.element_count() != 1 || sequences < 1 ||
-      !(scale > 0.0f) || !(soft_cap >= 0.0f)) {
-    return invalid("layer_and_window has " + std::to_string(layer_and_window.element_count()) +
-                   " numbers, epoch " + std::to_string(epoch.element_count()) + ", sequences is " +
-                   std::to_string(sequences) + ", scale " + std::to_string(scale) + ", soft_cap " +
-                   std::to_string(soft_cap) +
-                   "; it takes 2, 1, at least 1, a positive one and one that is not negative");
+  if (layer.element_count() != 1 || window.element_count() != 1 || epoch.element_count() != 1) {
+    return invalid("layer has " + std::to_string(layer.element_count()) + " numbers, window " +
+                   std::to_string(window.element_count()) + ", epoch " +
+                   std::to_string(epoch.element_count()) + "; give one of each");
+  }
+  if (sequences < 1 || !(scale > 0.0f) || !(soft_cap >= 0.0f)) {
+    return invalid("sequences is " + std::to_string(sequences) + ", scale " +
+                   std::to_string(scale) + ", soft_cap " + std::to_string(soft_cap) +
+                   "; it takes at least 1, a positive one and one that is not negative");
   }
   const std::shared_ptr<KvCache> kv = find_kv(kv_id, device_ordinal);
   if (!kv) {
@@ -113,7 +116,8 @@ xf::Error attention_impl(CUstream_st* stream, int32_t device_ordinal, xf::AnyBuf
   args.v = v.untyped_data();
   args.out = out->untyped_data();
   args.step.words = meta.typed_data();
-  args.layer_and_window = layer_and_window.typed_data();
+  args.layer = layer.typed_data();
+  args.window = window.typed_data();
   args.epoch = epoch.typed_data();
   args.epoch_out = epoch_out->typed_data();
   args.kv = cuda::KvView(layout, reinterpret_cast<char*>(kv->slot_base(0)));
@@ -137,6 +141,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(cuda_attention_handler, attention_impl,
                                   .Arg<xf::AnyBuffer>()
                                   .Arg<xf::AnyBuffer>()
                                   .Arg<xf::AnyBuffer>()
+                                  .Arg<xf::Buffer<xf::S32>>()
                                   .Arg<xf::Buffer<xf::S32>>()
                                   .Arg<xf::Buffer<xf::S32>>()
                                   .Arg<xf::Buffer<xf::S32>>()

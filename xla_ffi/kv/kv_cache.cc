@@ -52,7 +52,11 @@ KvCache::KvCache(std::shared_ptr<ChunkPool> pool, const KvLayout& layout, std::b
   }
 }
 
-KvCache::~KvCache() { (void)close(); }
+KvCache::~KvCache() {
+  (void)close();
+  if (!may_be_touched_) return;
+  for (Slot& slot : slots_) slot.tensor.abandon();
+}
 
 Status KvCache::check_held(int64_t slot, const char* verb) const {
   if (!exists(slot)) {
@@ -297,13 +301,25 @@ Result<size_t> KvCache::reclaim(size_t bytes) {
 
 Result<size_t> KvCache::trim_available() { return reclaim(SIZE_MAX); }
 
+bool KvCache::anything_mapped() const {
+  return std::any_of(slots_.begin(), slots_.end(),
+                     [](const Slot& slot) { return !slot.tensor.chunks().empty(); });
+}
+
 Status KvCache::close() {
   Entry entry(this);
   if (Status s = entry.status(); !s.ok()) return s;
   closed_ = true;
   worker_.stop();
   if (addresses_released_) return Status::Ok();
-  (void)pool_->driver().synchronize();  // What has failed meanwhile touches nothing any more.
+  if (anything_mapped()) {
+    Status s = pool_->driver().synchronize();
+    may_be_touched_ = !s.ok();
+    if (!s.ok()) {
+      return Status(Code::kBroken,
+                    "the KV cache stays mapped, because a step may still use it: " + s.message());
+    }
+  }
   Status first = Status::Ok();
   for (Slot& slot : slots_) {
     slot.held = false;

@@ -46,7 +46,8 @@ class KvCache {
   // other chunks), kDriver (no addresses).
   static Result<std::shared_ptr<KvCache>> Create(std::shared_ptr<ChunkPool> pool,
                                                  const KvLayout& layout);
-  // As close(). What cannot be unmapped even now is leaked: addresses and chunks.
+  // As close(). What cannot be unmapped even now, or may still be touched, is leaked: addresses and
+  // chunks.
   ~KvCache();
   KvCache(const KvCache&) = delete;
   KvCache& operator=(const KvCache&) = delete;
@@ -105,8 +106,10 @@ class KvCache {
   Result<size_t> reclaim(size_t bytes);
   Result<size_t> trim_available();
 
-  // Unmaps everything, active slots too, and gives the addresses back. May be repeated: after an
-  // error (kBroken, kDriver) it tries what is left, after success it does nothing.
+  // Unmaps everything, active slots too, and gives the addresses back, after waiting for what still
+  // runs on the device where anything is mapped; if that fails nothing is unmapped. May be
+  // repeated: after an error (kBroken, kDriver) it tries what is left, after success it does
+  // nothing.
   Status close();
 
   // Tokens that fit what is mapped: 0 for a slot that is broken or does not exist.
@@ -164,6 +167,7 @@ class KvCache {
   // Unmaps the rest of it. Runs on either thread.
   Status unmap_dead(Slot* slot, size_t keep);
   Status reclaim_chunks(size_t n, size_t* given);
+  bool anything_mapped() const;
 
   const std::shared_ptr<ChunkPool> pool_;
   const KvLayout layout_;
@@ -175,6 +179,7 @@ class KvCache {
   mutable SlotWorker worker_;
   bool closed_ = false;
   bool addresses_released_ = false;
+  bool may_be_touched_ = false;  // Waiting for the device has failed: close() was refused.
   std::atomic<bool> busy_{false};
 };
 

@@ -2,6 +2,7 @@
 
 #include <map>
 #include <mutex>
+#include <string>
 #include <utility>
 
 namespace ellm {
@@ -11,6 +12,11 @@ struct Registration {
   std::weak_ptr<KvCache> cache;
   std::shared_ptr<Arena> arena;
   std::map<int32_t, int32_t> ids_by_device;  // Of a group; empty for a cache.
+  int ordinal = -1;                          // Of the cache's memory, as Driver has it.
+
+  bool within_reach_of(int32_t device_ordinal) const {
+    return ordinal < 0 || ordinal == device_ordinal;
+  }
 };
 
 struct Registry {
@@ -26,7 +32,8 @@ struct Registry {
       if (member == it->second.ids_by_device.end()) return nullptr;
       it = caches.find(member->second);
     }
-    return it == caches.end() ? nullptr : &it->second;
+    if (it == caches.end() || !it->second.within_reach_of(device_ordinal)) return nullptr;
+    return &it->second;
   }
 };
 
@@ -41,13 +48,22 @@ Registry& registry() {
 int32_t register_kv(const std::shared_ptr<KvCache>& cache) {
   Registry& r = registry();
   std::lock_guard<std::mutex> lock(r.mutex);
-  r.caches.emplace(++r.last_id, Registration{cache, nullptr, {}});
+  r.caches.emplace(++r.last_id,
+                   Registration{cache, nullptr, {}, cache->pool()->driver().ordinal()});
   return r.last_id;
 }
 
-int32_t register_kv_group(std::map<int32_t, int32_t> ids_by_device) {
+Result<int32_t> register_kv_group(std::map<int32_t, int32_t> ids_by_device) {
   Registry& r = registry();
   std::lock_guard<std::mutex> lock(r.mutex);
+  for (const auto& [device, id] : ids_by_device) {
+    const auto member = r.caches.find(id);
+    if (member == r.caches.end() || member->second.within_reach_of(device)) continue;
+    return Status(Code::kInvalid, "KV cache " + std::to_string(id) + " is named for device " +
+                                      std::to_string(device) + ", but its memory is on device " +
+                                      std::to_string(member->second.ordinal) +
+                                      "; name each cache for the device of its pool");
+  }
   r.caches.emplace(++r.last_id, Registration{{}, nullptr, std::move(ids_by_device)});
   return r.last_id;
 }

@@ -18,8 +18,13 @@ bool intersect(const std::vector<BlockId>& a, const std::vector<BlockId>& b) {
 
 Copier::Copier(std::unique_ptr<CopyLink> link) : link_(std::move(link)) {
   const size_t lanes = link_->duplex() ? 2 : 1;
-  for (size_t i = 0; i < lanes; ++i) {
-    lanes_[i].thread = std::thread([this, i] { serve(&lanes_[i]); });
+  try {
+    for (size_t i = 0; i < lanes; ++i) {
+      lanes_[i].thread = std::thread([this, i] { serve(&lanes_[i]); });
+    }
+  } catch (...) {
+    close();  // The first thread must not outlive what it works with.
+    throw;
   }
 }
 
@@ -94,7 +99,12 @@ Status Copier::carry_out(const Copy& copy, size_t* copied_bytes) {
   Status s = begin_all(copy, &begun);
   Status over = link_->finish(copy.direction);
   if (over.ok()) *copied_bytes = begun * copy.buffer->block_bytes();
-  return s.ok() ? over : s;
+  if (over.code() == Code::kBroken) {
+    copy.buffer->abandon(copy.blocks);
+    return Status(Code::kDriver, over.message());
+  }
+  copy.buffer->unpin(copy.blocks);
+  return s.ok() ? over : Status(Code::kDriver, s.message());
 }
 
 void Copier::serve(Lane* lane) {
@@ -111,7 +121,6 @@ void Copier::serve(Lane* lane) {
     const auto start = std::chrono::steady_clock::now();
     Status s = carry_out(copy, &bytes);
     const auto spent = std::chrono::steady_clock::now() - start;
-    copy.buffer->unpin(copy.blocks);
     const Ticket ticket = copy.ticket;
     const auto direction = static_cast<size_t>(copy.direction);
     copy = Copy{};  // Whoever waits finds nothing of it held any more.

@@ -36,9 +36,11 @@ struct CopyStats {
 // Thread-safe. Copies are done one after the other, in the order of submission. Where the link is
 // duplex each direction has a thread, and that holds for copies in one direction and for those that
 // share a block; others may overtake. Until a copy is done its blocks stay pinned and the caller
-// keeps its chunks mapped, and unchanged (offload) or untouched (fetch).
+// keeps its chunks mapped, and unchanged (offload) or untouched (fetch). Where even the device
+// cannot tell whether a failed copy is over, its blocks are abandoned.
 class Copier {
  public:
+  // Throws std::system_error where the system has no threads left.
   explicit Copier(std::unique_ptr<CopyLink> link = host_link());
   ~Copier();  // As close().
   Copier(const Copier&) = delete;
@@ -86,6 +88,7 @@ class Copier {
   };
 
   void serve(Lane* lane);
+  // Copies, and lets go of the blocks.
   Status carry_out(const Copy& copy, size_t* copied_bytes);
   // Begins to copy chunk after chunk; stops at the first that cannot be.
   Status begin_all(const Copy& copy, size_t* begun);

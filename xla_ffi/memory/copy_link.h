@@ -19,11 +19,11 @@ class CopyLink {
   // Whether copies of both directions get on with each other at once.
   virtual bool duplex() const = 0;
   // Copies `bytes` between a chunk and a block, or begins to; may wait for what was begun before.
-  // Errors: kDriver: it was not begun, or is over.
+  // Errors: kDriver: it was not begun, or is over; kBroken: nobody knows, and finish() is to tell.
   virtual Status begin(CopyDirection direction, std::byte* chunk, std::byte* block,
                        size_t bytes) = 0;
   // Waits until everything that was begun in this direction is over, well or not. Errors: kDriver,
-  // where some of it may have failed.
+  // where some of it may have failed; kBroken, where some of it may still be under way.
   virtual Status finish(CopyDirection direction) = 0;
 };
 

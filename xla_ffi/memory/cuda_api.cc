@@ -18,15 +18,22 @@ Result<CudaApi> load_and_initialize() {
   return api;
 }
 
+// Whether the context is gone: from such an error on every call in it fails.
+bool is_fatal(cu::ReturnCode code) {
+  return code == cu::kEccUncorrectable || code == cu::kIllegalAddress ||
+         code == cu::kLaunchTimeout || code == cu::kAssert ||
+         (code >= cu::kHardwareStackError && code <= cu::kLaunchFailed);
+}
+
 const char* remedy(cu::ReturnCode code) {
-  switch (code) {
-    case cu::kOutOfMemory:
-      return "; the device is short of memory: lower device_memory, or end what else runs on it";
-    case cu::kIllegalAddress:
-      return "; a kernel has failed and the process cannot use the device any more: start it anew";
-    default:
-      return "";
+  if (is_fatal(code)) {
+    return "; the device or a kernel on it has failed, and the process cannot use it any more: "
+           "start it anew";
   }
+  if (code == cu::kOutOfMemory) {
+    return "; the device is short of memory: lower device_memory, or end what else runs on it";
+  }
+  return "";
 }
 
 }  // namespace
@@ -53,9 +60,10 @@ Result<CudaApi> load_cuda_library(const char* path) {
 }
 
 Result<const CudaApi*> load_cuda() {
-  static const Result<CudaApi> loaded = load_and_initialize();
-  if (!loaded.ok()) return loaded.status();
-  return &loaded.value();
+  // Never destroyed: threads of objects that nobody ends may call it while the process ends.
+  static const auto* const loaded = new Result<CudaApi>(load_and_initialize());
+  if (!loaded->ok()) return loaded->status();
+  return &loaded->value();
 }
 
 Status cuda_error(const CudaApi& api, cu::ReturnCode code, const std::string& what) {

@@ -49,9 +49,15 @@ inline constexpr ReturnCode kInvalidValue = 1;
 inline constexpr ReturnCode kOutOfMemory = 2;
 inline constexpr ReturnCode kInvalidDevice = 101;
 inline constexpr ReturnCode kInvalidContext = 201;
+inline constexpr ReturnCode kEccUncorrectable = 214;
 inline constexpr ReturnCode kIllegalAddress = 700;
+inline constexpr ReturnCode kLaunchTimeout = 702;
+inline constexpr ReturnCode kAssert = 710;
 inline constexpr ReturnCode kAlreadyRegistered = 712;
 inline constexpr ReturnCode kNotRegistered = 713;
+inline constexpr ReturnCode kHardwareStackError =
+    714;  // Up to kLaunchFailed a kernel's own faults.
+inline constexpr ReturnCode kLaunchFailed = 719;
 inline constexpr ReturnCode kUnknown = 999;
 
 inline constexpr int kAllocationPinned = 1;
@@ -78,6 +84,7 @@ inline constexpr unsigned kRegisterPortable = 1;
   X(device_get, cuDeviceGet, (cu::Device * device, int ordinal))                            \
   X(device_name, cuDeviceGetName, (char* name, int capacity, cu::Device device))            \
   X(device_attribute, cuDeviceGetAttribute, (int* value, int attribute, cu::Device device)) \
+  X(device_bytes, cuDeviceTotalMem_v2, (size_t* bytes, cu::Device device))                  \
   X(context_retain, cuDevicePrimaryCtxRetain, (cu::Context * context, cu::Device device))   \
   X(context_release, cuDevicePrimaryCtxRelease_v2, (cu::Device device))                     \
   X(context_push, cuCtxPushCurrent_v2, (cu::Context context))                               \

@@ -1,5 +1,7 @@
 #include "memory/cuda_device.h"
 
+#include <utility>
+
 namespace ellm {
 
 Result<std::shared_ptr<CudaDevice>> CudaDevice::Open(const CudaApi& api, int ordinal) {
@@ -38,6 +40,41 @@ Status CudaDevice::Current::status() const {
   return cuda_error(device_.api_, code_, "cannot use the context of " + device_.name());
 }
 
+namespace {
+
+// What can be asked without a context.
+Result<CudaDeviceInfo> describe(const CudaApi& api, int ordinal) {
+  CudaDeviceInfo info{};
+  char name[256] = {};
+  cu::Device id;
+  auto code = api.device_get(&id, ordinal);
+  if (code == cu::kSuccess) code = api.device_name(name, sizeof name - 1, id);
+  if (code == cu::kSuccess) {
+    code = api.device_attribute(&info.capability_major, cu::kAttributeMajor, id);
+  }
+  if (code == cu::kSuccess) {
+    code = api.device_attribute(&info.capability_minor, cu::kAttributeMinor, id);
+  }
+  if (code == cu::kSuccess) code = api.device_bytes(&info.total_bytes, id);
+  if (code != cu::kSuccess) {
+    return cuda_error(api, code, "cannot ask cuda:" + std::to_string(ordinal) + " what it is");
+  }
+  info.name = name;
+  return info;
+}
+
+// 0 where there cannot be a context.
+size_t free_bytes(const CudaApi& api, int ordinal) {
+  const auto device = CudaDevice::Open(api, ordinal);
+  if (!device.ok()) return 0;
+  const CudaDevice::Current current(*device.value());
+  size_t free = 0, total = 0;
+  if (!current.status().ok() || api.memory_info(&free, &total) != cu::kSuccess) return 0;
+  return free;
+}
+
+}  // namespace
+
 Result<std::vector<CudaDeviceInfo>> list_cuda_devices(const CudaApi& api) {
   int count = 0;
   if (const auto code = api.device_count(&count); code != cu::kSuccess) {
@@ -45,26 +82,10 @@ Result<std::vector<CudaDeviceInfo>> list_cuda_devices(const CudaApi& api) {
   }
   std::vector<CudaDeviceInfo> infos;
   for (int ordinal = 0; ordinal < count; ++ordinal) {
-    const auto device = CudaDevice::Open(api, ordinal);
-    if (!device.ok()) return device.status();
-    const CudaDevice::Current current(*device.value());
-    if (Status s = current.status(); !s.ok()) return s;
-    const cu::Device id = device.value()->id();
-    CudaDeviceInfo info{};
-    char name[256] = {};
-    auto code = api.device_name(name, sizeof name - 1, id);
-    if (code == cu::kSuccess) {
-      code = api.device_attribute(&info.capability_major, cu::kAttributeMajor, id);
-    }
-    if (code == cu::kSuccess) {
-      code = api.device_attribute(&info.capability_minor, cu::kAttributeMinor, id);
-    }
-    if (code == cu::kSuccess) code = api.memory_info(&info.free_bytes, &info.total_bytes);
-    if (code != cu::kSuccess) {
-      return cuda_error(api, code, "cannot ask " + device.value()->name() + " what it is");
-    }
-    info.name = name;
-    infos.push_back(std::move(info));
+    auto info = describe(api, ordinal);
+    if (!info.ok()) return info.status();
+    info.value().free_bytes = free_bytes(api, ordinal);
+    infos.push_back(std::move(info.value()));
   }
   return infos;
 }

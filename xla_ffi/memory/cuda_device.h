@@ -55,12 +55,14 @@ class CudaDevice {
 struct CudaDeviceInfo {
   std::string name;  // Of the product.
   size_t total_bytes;
-  size_t free_bytes;  // Now, by the driver's count, for all processes.
+  size_t free_bytes;  // Now, by the driver's count, for all processes; 0: it has no room for us.
   int capability_major, capability_minor;
 };
 
-// By ordinal. Makes the primary context of each device for as long as it takes to ask, which costs
-// some tenths of a second where nobody else in the process has it. Errors: kDriver.
+// By ordinal. Makes the primary context of each device for as long as it takes to ask what is free,
+// which costs some tenths of a second where nobody else in the process has it. A device that
+// refuses one (it is full, or another process has it for itself) is listed with nothing free.
+// Errors: kDriver.
 Result<std::vector<CudaDeviceInfo>> list_cuda_devices(const CudaApi& api);
 
 }  // namespace ellm

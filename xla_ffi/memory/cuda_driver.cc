@@ -44,7 +44,7 @@ Result<std::shared_ptr<CudaDriver>> CudaDriver::Create(std::shared_ptr<CudaDevic
 
 CudaDriver::~CudaDriver() {
   // What fails here is leaked until the process ends: there is nobody left to tell.
-  (void)synchronize();
+  if (!mapped_.all().empty() && !synchronize().ok()) return;
   for (const Piece& piece : mapped_.all()) (void)unmap(piece.at, piece.bytes);
   const CudaDevice::Current current(*device_);
   for (const auto& [handle, bytes] : memory_) (void)api_.release(handle);

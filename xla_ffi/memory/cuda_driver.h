@@ -28,12 +28,12 @@ namespace ellm {
 //    graph would swallow it; and an event for the whole context (cuCtxRecordEvent) breaks a capture
 //    under way and waits for the step that runs now, which does not touch the slot.
 //  - Chunks that are copied stay mapped until the copy is done: the caller of Copier keeps them,
-//  and
-//    the copier says "done" when the event after the last copy has passed.
+//    and the copier says "done" when the event after the last copy has passed.
 //  - Kernels touch no KV but that of the slots that their step names.
 // Nobody has waited in two cases: a step that failed half-way, of which kernels may still run, and
-// the end of a cache with who knows what in flight. There synchronize() is called first:
-// KvCache::close() does, and whoever gets a failed step is to.
+// the end of a cache with who knows what in flight. There synchronize() is called first: by
+// KvCache::close(), and by whoever gets a failed step (Recovery in recovery.py). It waits for all
+// work of the process on the device, so it is called nowhere else.
 //
 // One chunk at two addresses: a kernel that writes through one of them is seen through the other by
 // kernels that start after it has ended. Chunks are shared when they are full and the step that
@@ -42,11 +42,13 @@ class CudaDriver : public Driver {
  public:
   // Errors: kDriver, also where the device cannot map memory.
   static Result<std::shared_ptr<CudaDriver>> Create(std::shared_ptr<CudaDevice> device);
-  // Waits for the device and gives back whatever is left.
+  // Gives back whatever is left: after waiting for the device where something is mapped, and where
+  // that fails not even that, because it may still be touched.
   ~CudaDriver() override;
 
   size_t granularity_bytes() const override { return granularity_bytes_; }
   Reach reach() const override { return Reach::kDevice; }
+  int ordinal() const override { return device_->ordinal(); }
   Status reserve(size_t bytes, size_t alignment, std::byte** base) override;
   Status release(std::byte* base, size_t bytes) override;
   Status create(size_t bytes, Handle* handle) override;

@@ -47,24 +47,39 @@ Status CudaLink::error(cu::ReturnCode code, const char* what) const {
   return cuda_error(api_, code, std::string(what) + " on " + device_->name());
 }
 
+bool CudaLink::synchronize_device() {
+  const CudaDevice::Current current(*device_);
+  return current.status().ok() && api_.context_synchronize() == cu::kSuccess;
+}
+
+Status CudaLink::drain(Lane* lane, const Status& failure) {
+  lane->unknown = api_.stream_synchronize(lane->stream) != cu::kSuccess && !synchronize_device();
+  if (lane->unknown) {
+    return Status(Code::kBroken, failure.message() + "; whether it is over cannot be told");
+  }
+  lane->over = lane->begun;
+  return failure;
+}
+
 Status CudaLink::wait(Lane* lane, uint64_t copies) {
+  if (lane->unknown) {
+    return drain(lane, Status(Code::kDriver, "a copy between device and host memory on " +
+                                                 device_->name() + " may have failed"));
+  }
   if (copies <= lane->over) return Status::Ok();
   const auto code = api_.event_synchronize(lane->events[(copies - 1) % kDepth]);
   if (code == cu::kSuccess) {
     lane->over = copies;
     return Status::Ok();
   }
-  // The event says nothing, so that only the stream itself can tell that nothing is under way.
-  (void)api_.stream_synchronize(lane->stream);
-  lane->over = lane->begun;
-  return error(code, "a copy between device and host memory failed");
+  return drain(lane, error(code, "a copy between device and host memory failed"));
 }
 
 Status CudaLink::begin(CopyDirection direction, std::byte* chunk, std::byte* block, size_t bytes) {
   const CudaDevice::Current current(*device_);
   if (Status s = current.status(); !s.ok()) return s;
   Lane& lane = this->lane(direction);
-  if (lane.begun - lane.over == kDepth) {
+  if (lane.unknown || lane.begun - lane.over == kDepth) {
     if (Status s = wait(&lane, lane.over + 1); !s.ok()) return s;
   }
   auto code = direction == CopyDirection::kOffload
@@ -76,14 +91,12 @@ Status CudaLink::begin(CopyDirection direction, std::byte* chunk, std::byte* blo
     ++lane.begun;
     return Status::Ok();
   }
-  (void)api_.stream_synchronize(lane.stream);
-  lane.over = lane.begun;
-  return error(code, "cannot follow a copy between device and host memory");
+  return drain(&lane, error(code, "cannot follow a copy between device and host memory"));
 }
 
 Status CudaLink::finish(CopyDirection direction) {
   Lane& lane = this->lane(direction);
-  if (lane.begun == lane.over) return Status::Ok();
+  if (lane.begun == lane.over && !lane.unknown) return Status::Ok();
   // Whatever becomes of the context: nobody may go on before the copies are over.
   const CudaDevice::Current current(*device_);
   return wait(&lane, lane.begun);

@@ -18,7 +18,7 @@ class CudaLink : public CopyLink {
  public:
   // Errors: kDriver.
   static Result<std::unique_ptr<CudaLink>> Create(std::shared_ptr<CudaDevice> device);
-  // Nothing is under way: finish() was called for both directions.
+  // finish() was called for both directions.
   ~CudaLink() override;
 
   bool duplex() const override { return true; }
@@ -34,6 +34,7 @@ class CudaLink : public CopyLink {
     std::array<cu::Event, kDepth> events{};  // Of copy i: events[i % kDepth].
     uint64_t begun = 0;
     uint64_t over = 0;
+    bool unknown = false;  // Something may be under way of which no event tells.
   };
 
   explicit CudaLink(std::shared_ptr<CudaDevice> device)
@@ -44,6 +45,9 @@ class CudaLink : public CopyLink {
   Status make_lanes();
   // Waits until the first `copies` are over; the device does them in order.
   Status wait(Lane* lane, uint64_t copies);
+  // Waits for all of the lane without its events. `failure`, or kBroken if that is refused too.
+  Status drain(Lane* lane, const Status& failure);
+  bool synchronize_device();
   Status error(cu::ReturnCode code, const char* what) const;
 
   const std::shared_ptr<CudaDevice> device_;

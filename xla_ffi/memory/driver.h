@@ -23,6 +23,8 @@ class Driver {
 
   virtual size_t granularity_bytes() const = 0;
   virtual Reach reach() const { return Reach::kHost; }
+  // The only device that can touch what is mapped, as XLA numbers them; -1: the host can.
+  virtual int ordinal() const { return -1; }
 
   // Takes `bytes` of addresses, with no memory behind them. `alignment` is a power of two.
   virtual Status reserve(size_t bytes, size_t alignment, std::byte** base) = 0;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <system_error>
 #include <utility>
 
 #include "memory/text.h"
@@ -22,10 +23,11 @@ Result<std::shared_ptr<HostBuffer>> HostBuffer::Create(std::shared_ptr<Driver> d
 }
 
 HostBuffer::~HostBuffer() {
+  close();
   bool all_unmapped = true;
   for (BlockId id = 0; id < blocks_.size(); ++id) {
     if (blocks_[id].state == kVacant) continue;
-    (void)drop(id);
+    if (!blocks_[id].abandoned) (void)drop(id);
     all_unmapped &= blocks_[id].state == kVacant || blocks_[id].state == kDetached;
   }
   if (!all_unmapped) return;
@@ -117,7 +119,7 @@ Status HostBuffer::drop(BlockId id) {
 }
 
 Status HostBuffer::take(size_t n, std::vector<BlockId>* out) {
-  std::lock_guard<std::mutex> work(work_mutex_);
+  const Turns::Turn turn(turns_);
   for (;;) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -143,16 +145,43 @@ Status HostBuffer::take(size_t n, std::vector<BlockId>* out) {
   }
 }
 
+Result<bool> HostBuffer::prepare_one(size_t bytes, bool ahead) {
+  const Turns::Turn turn(turns_, Turns::For::kLater);
+  if (ahead && stopping_) return false;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const size_t wanted = std::min(bytes, limit_) / block_bytes_;
+    if (in_[kTaken].size() + in_[kIdle].size() >= wanted) return false;
+  }
+  if (Status s = back_one(); !s.ok()) return s;
+  return true;
+}
+
 Status HostBuffer::prepare(size_t bytes) {
   for (;;) {
-    std::lock_guard<std::mutex> work(work_mutex_);
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      const size_t wanted = std::min(bytes, limit_) / block_bytes_;
-      if (in_[kTaken].size() + in_[kIdle].size() >= wanted) return Status::Ok();
-    }
-    if (Status s = back_one(); !s.ok()) return s;
+    const Result<bool> more = prepare_one(bytes, false);
+    if (!more.ok() || !more.value()) return more.status();
   }
+}
+
+Status HostBuffer::prepare_ahead(size_t bytes) {
+  std::lock_guard<std::mutex> starting(preparer_mutex_);
+  stopping_ = true;
+  if (preparer_.joinable()) preparer_.join();
+  if (bytes < block_bytes_) return Status::Ok();
+  stopping_ = false;
+  try {
+    preparer_ = std::thread([this, bytes] {
+      for (;;) {
+        const Result<bool> more = prepare_one(bytes, true);
+        if (!more.ok() || !more.value()) return;
+      }
+    });
+  } catch (const std::system_error& error) {
+    return Status(Code::kDriver, std::string("host memory cannot be prepared ahead: ") +
+                                     error.what() + "; end what else uses threads");
+  }
+  return Status::Ok();
 }
 
 Status HostBuffer::check_taken(const std::vector<BlockId>& blocks, const char* verb) const {
@@ -174,11 +203,13 @@ Status HostBuffer::give_back(const std::vector<BlockId>& blocks) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (Status s = check_taken(blocks, "give back"); !s.ok()) return s;
   for (const BlockId id : blocks) {
-    if (blocks_[id].pins == 0) continue;
+    if (blocks_[id].pins == 0 || blocks_[id].abandoned) continue;
     return Status(Code::kInvalid, "cannot give back host block " + std::to_string(id) +
                                       ": a copy from or to it is under way; wait for its ticket");
   }
-  for (const BlockId id : blocks) move_locked(id, kIdle);
+  for (const BlockId id : blocks) {
+    if (!blocks_[id].abandoned) move_locked(id, kIdle);
+  }
   return Status::Ok();
 }
 
@@ -199,8 +230,13 @@ void HostBuffer::unpin(const std::vector<BlockId>& blocks) {
   for (const BlockId id : blocks) --blocks_[id].pins;
 }
 
+void HostBuffer::abandon(const std::vector<BlockId>& blocks) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (const BlockId id : blocks) blocks_[id].abandoned = true;
+}
+
 Status HostBuffer::resize(size_t limit_bytes) {
-  std::lock_guard<std::mutex> work(work_mutex_);
+  const Turns::Turn turn(turns_);
   for (;;) {
     BlockId id = 0;
     {
@@ -227,7 +263,8 @@ Status HostBuffer::resize(size_t limit_bytes) {
 }
 
 Result<size_t> HostBuffer::trim() {
-  std::lock_guard<std::mutex> work(work_mutex_);
+  stopping_ = true;  // Or the thread would make again what has to go.
+  const Turns::Turn turn(turns_);
   std::vector<BlockId> unused;
   {
     std::lock_guard<std::mutex> lock(mutex_);

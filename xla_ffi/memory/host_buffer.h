@@ -2,15 +2,18 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <mutex>
 #include <set>
+#include <thread>
 #include <vector>
 
 #include "memory/driver.h"
 #include "memory/status.h"
+#include "memory/turns.h"
 
 namespace ellm {
 
@@ -27,14 +30,15 @@ struct HostUsage {
 
 // Thread-safe. A block gets its memory when it is first taken, so that a lack of it is an error
 // there, and keeps it when it is given back. Calls that need the driver (take, resize, trim) wait
-// for each other; the others never wait for the driver.
+// for each other, and for one block at most where memory is being prepared; the others never wait
+// for the driver.
 class HostBuffer {
  public:
   // `limit_bytes` need not be a multiple of `block_bytes`, which is whole pages. Errors: kInvalid,
   // kDriver (no addresses).
   static Result<std::shared_ptr<HostBuffer>> Create(std::shared_ptr<Driver> driver,
                                                     size_t block_bytes, size_t limit_bytes);
-  // What cannot be unmapped even now is leaked: addresses and memory.
+  // As close(). What cannot be unmapped even now is leaked: addresses and memory.
   ~HostBuffer();
   HostBuffer(const HostBuffer&) = delete;
   HostBuffer& operator=(const HostBuffer&) = delete;
@@ -43,9 +47,17 @@ class HostBuffer {
   // kOutOfMemory, kDriver, kBroken: nobody's blocks change, but some may be backed by then.
   Status take(size_t n, std::vector<BlockId>* out);
   // Makes memory for blocks until as many as `bytes` (or the limit) hold have some, so that take()
-  // need not; block by block, so that others get in between. Errors: kDriver, kBroken.
+  // need not. Block by block: between two of them whoever waits goes first. Errors: kDriver,
+  // kBroken.
   Status prepare(size_t bytes);
+  // The same on a thread of the buffer's own, until it is done, something fails (take() will say
+  // what, if it lasts), or trim() gives memory back. It replaces what was asked before; 0 ends it.
+  // Errors: kDriver (no thread).
+  Status prepare_ahead(size_t bytes);
+  // As prepare_ahead(0): the thread has ended, after the block that it was at. Blocks stay.
+  void close() { (void)prepare_ahead(0); }
   // Errors: kInvalid, and nothing changes, where a block is nobody's, named twice, or pinned.
+  // Abandoned blocks are accepted, but stay used.
   Status give_back(const std::vector<BlockId>& blocks);
 
   // The addresses of taken blocks, which cannot be given back until unpin() was called as often as
@@ -53,6 +65,9 @@ class HostBuffer {
   Result<std::vector<std::byte*>> pin(const std::vector<BlockId>& blocks);
   // `blocks` are pinned.
   void unpin(const std::vector<BlockId>& blocks);
+  // Instead of unpin(), where nobody can say whether a device still copies from or to them: they
+  // are lost, and so is their memory until the process ends.
+  void abandon(const std::vector<BlockId>& blocks);
 
   // Errors: kOutOfMemory below what is used, kDriver, kBroken; the old limit stays.
   Status resize(size_t limit_bytes);
@@ -75,6 +90,7 @@ class HostBuffer {
     std::byte* at;
     Handle handle = 0;
     State state = kVacant;
+    bool abandoned = false;  // And taken, for ever.
     uint32_t pins = 0;
   };
   struct Range {
@@ -85,7 +101,10 @@ class HostBuffer {
   HostBuffer(std::shared_ptr<Driver> driver, size_t block_bytes)
       : driver_(std::move(driver)), block_bytes_(block_bytes) {}
 
-  // With work_mutex_ held, and mutex_ not.
+  // One block of prepare(bytes), or of its thread's; false where there is nothing left to do.
+  Result<bool> prepare_one(size_t bytes, bool ahead);
+
+  // With the turn, and without mutex_.
   Status reserve_for(size_t limit_bytes);
   Status back_one();                      // One more idle block.
   Status drop(BlockId id);                // Its memory goes to the system.
@@ -100,7 +119,7 @@ class HostBuffer {
 
   const std::shared_ptr<Driver> driver_;
   const size_t block_bytes_;
-  std::mutex work_mutex_;  // Serializes driver work; taken before mutex_.
+  Turns turns_;  // Of driver work; taken before mutex_.
   std::vector<Range> ranges_;
 
   mutable std::mutex mutex_;  // Guards all below; not held across driver calls.
@@ -108,6 +127,10 @@ class HostBuffer {
   size_t peak_used_ = 0;
   std::vector<Block> blocks_;
   std::array<std::set<BlockId>, kTaken + 1> in_;  // By state: the lowest are taken first.
+
+  std::mutex preparer_mutex_;  // Guards the thread's start and end.
+  std::atomic<bool> stopping_{false};
+  std::thread preparer_;  // Last: it uses what stands above.
 };
 
 }  // namespace ellm

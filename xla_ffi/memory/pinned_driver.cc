@@ -29,7 +29,8 @@ Status PinnedDriver::unpin(std::byte* at, size_t bytes) {
   Status first = Status::Ok();
   for (const Piece& piece : pieces.value()) {
     const auto code = device_->api().host_unregister(piece.at);
-    if (code == cu::kSuccess) {
+    // An earlier try may have told an error of somebody else's and done its work even so.
+    if (code == cu::kSuccess || code == cu::kNotRegistered) {
       pinned_.remove({piece});
     } else if (first.ok()) {
       first = cuda_error(device_->api(), code,

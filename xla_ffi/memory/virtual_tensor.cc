@@ -160,4 +160,9 @@ Status VirtualTensor::release() {
   return s;
 }
 
+void VirtualTensor::abandon() {
+  chunks_.clear();
+  state_ = TensorState::kReleased;
+}
+
 }  // namespace ellm

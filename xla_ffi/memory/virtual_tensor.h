@@ -54,6 +54,9 @@ class VirtualTensor {
   // Unmaps everything, whatever the state. On success the tensor is kReleased; if the unmap fails
   // it is kBroken and release may be tried again. No-op when released.
   Status release();
+  // Gives the segment up with everything left mapped, and its chunks lost: for memory that may be
+  // touched for as long as anybody knows.
+  void abandon();
 
   TensorState state() const { return state_; }
   std::byte* base() const { return base_; }

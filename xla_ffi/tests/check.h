@@ -15,6 +15,13 @@
 
 namespace check {
 
+// Whether TSan watches, which costs much and finds what threads do to each other, nothing else.
+#ifdef __SANITIZE_THREAD__
+inline constexpr bool under_tsan = true;
+#else
+inline constexpr bool under_tsan = false;
+#endif
+
 struct Test {
   const char* name;
   void (*body)();

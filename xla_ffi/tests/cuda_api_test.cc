@@ -47,7 +47,12 @@ TEST(errors_are_told_in_the_words_of_the_driver) {
     CHECK(says(known, part));
   }
   CHECK(says(cuda_error(gpu.fake.api(), 4711, "cannot"), "error 4711 of the CUDA driver"));
-  CHECK(says(cuda_error(gpu.fake.api(), cu::kIllegalAddress, "cannot"), "start it anew"));
+  for (const int fatal : {214, 700, 702, 710, 714, 715, 716, 717, 718, 719}) {
+    CHECK(says(cuda_error(gpu.fake.api(), fatal, "cannot"), "start it anew"));
+  }
+  for (const int harmless : {1, 2, 201, 701, 704, 712, 713, 720, 900, 999}) {
+    CHECK(!says(cuda_error(gpu.fake.api(), harmless, "cannot"), "start it anew"));
+  }
 }
 
 TEST(devices_have_names) {
@@ -87,15 +92,29 @@ TEST(devices_are_listed_with_their_memory) {
   CHECK_EQ(infos.value()[1].capability_minor, 0);
 }
 
+TEST(a_device_that_refuses_a_context_does_not_hide_the_others) {
+  // The calls for the first device: 1 to count, 5 about it, 3 to open it.
+  Gpu gpu({2 * kMiB, 64 * kMiB, 2});
+  gpu.fake.faults().fail(9, 1, Fault::kClean);
+  const auto infos = list_cuda_devices(gpu.fake.api());
+  REQUIRE_OK(infos.status());
+  REQUIRE(infos.value().size() == 2);
+  CHECK_EQ(gpu.fake.faults().faults(), 1u);
+  CHECK_EQ(infos.value()[0].name, "Fake GPU 0");
+  CHECK_EQ(infos.value()[0].total_bytes, 64 * kMiB);
+  CHECK_EQ(infos.value()[0].free_bytes, 0u);
+  CHECK_EQ(infos.value()[1].free_bytes, 64 * kMiB);
+}
+
 TEST(any_call_of_listing_may_fail) {
   for (uint64_t n = 1;; ++n) {
     FakeCuda fake({});
     fake.faults().fail(n, 1, Fault::kClean);
     const auto infos = list_cuda_devices(fake.api());
     if (fake.faults().faults() == 0) break;
-    // Where it succeeds even so, it is letting the context go that failed: nobody is worse off.
+    // Only what is free may stay unknown.
     if (!infos.ok()) CHECK(says(infos.status(), "CUDA_ERROR_UNKNOWN"));
-    if (n <= 8) CHECK(!infos.ok());
+    CHECK_EQ(infos.ok(), n > 6);
     REQUIRE(n < 20);
   }
 }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cuda_gpu.h"
+#include "kv/registry.h"
 
 namespace ellm {
 namespace {
@@ -33,6 +34,14 @@ struct Range {
   size_t bytes;
   std::vector<Handle> handles;
 };
+
+// Slots of 8 chunks for 64 tokens.
+KvLayout chunk_layout() {
+  KvLayout layout = page_layout(2, 64);
+  layout.chunk_bytes = kCudaChunk;
+  layout.slot_bytes = layout.chunks_for(layout.max_tokens) * layout.chunk_bytes;
+  return layout;
+}
 
 TEST(devices_that_are_not_there_or_cannot_map_are_refused) {
   Gpu gpu({2 * kMiB, 64 * kMiB, 2, false});
@@ -128,17 +137,111 @@ TEST(whatever_is_left_goes_with_the_driver) {
   CHECK_EQ(gpu.fake.used_bytes(0), 0u);
 }
 
+TEST(a_driver_with_nothing_mapped_waits_for_nobody) {
+  Gpu gpu;
+  const auto busy = gpu.driver();
+  {
+    const auto driver = gpu.driver();
+    std::byte* base;
+    Handle handle;
+    REQUIRE_OK(driver->reserve(kCudaChunk, kCudaChunk, &base));
+    REQUIRE_OK(driver->create(kCudaChunk, &handle));
+    REQUIRE_OK(driver->map(base, &handle, 1, kCudaChunk));
+    REQUIRE_OK(driver->unmap(base, kCudaChunk));
+  }
+  const auto cache = make_cache(make_pool(busy, 64 * kMiB, kCudaChunk), chunk_layout());
+  REQUIRE_OK(cache->close());
+  CHECK_EQ(gpu.fake.calls_of("cuCtxSynchronize"), 0u);
+}
+
+// The next but one call of CUDA from now fails: after the one that makes the context current.
+void fail_next_synchronize(FakeCuda& fake) {
+  fake.faults().fail(fake.faults().calls() + 2, 1, Fault::kClean);
+}
+
+TEST(a_driver_that_cannot_wait_leaves_everything_as_it_is) {
+  FakeCuda fake({});
+  {
+    const auto driver = CudaDriver::Create(CudaDevice::Open(fake.api(), 0).value()).value();
+    std::byte* base;
+    Handle handle;
+    REQUIRE_OK(driver->reserve(kCudaChunk, kCudaChunk, &base));
+    REQUIRE_OK(driver->create(kCudaChunk, &handle));
+    REQUIRE_OK(driver->map(base, &handle, 1, kCudaChunk));
+    fake.launch(0, base, kCudaChunk);
+    fail_next_synchronize(fake);
+  }
+  CHECK_EQ(fake.calls_of("cuMemUnmap") + fake.calls_of("cuMemRelease"), 0u);
+  CHECK_EQ(fake.violations(), "");
+  CHECK_EQ(fake.leftovers(), "1 ranges\n1 allocations\n1 mappings\n");
+}
+
+// A cache over a device, with a slot that a kernel works on.
+struct BusyCache {
+  explicit BusyCache(Gpu& gpu, int ordinal = 0)
+      : cache(make_cache(make_pool(gpu.driver(ordinal), 64 * kMiB, kCudaChunk), chunk_layout())),
+        slot(cache->take_slot(0).value()) {
+    REQUIRE_OK(extend(*cache, {slot}, {64}));
+    gpu.fake.launch(ordinal, cache->slot_base(slot), cache->mapped_bytes(slot));
+  }
+  std::shared_ptr<KvCache> cache;
+  int32_t slot;
+};
+
 TEST(a_cache_is_closed_after_what_still_runs) {
   Gpu gpu;
-  auto pool = make_pool(gpu.driver(), 64 * kMiB, kCudaChunk);
-  KvLayout layout = page_layout(2, 64);
-  layout.chunk_bytes = kCudaChunk;
-  layout.slot_bytes = layout.chunks_for(layout.max_tokens) * layout.chunk_bytes;
-  const auto cache = make_cache(pool, layout);
-  const int32_t slot = cache->take_slot(0).value();
-  REQUIRE_OK(extend(*cache, {slot}, {64}));
-  gpu.fake.launch(0, cache->slot_base(slot), cache->mapped_bytes(slot));
-  REQUIRE_OK(cache->close());
+  BusyCache busy(gpu);
+  REQUIRE_OK(busy.cache->close());
+}
+
+TEST(a_cache_that_cannot_wait_stays_mapped) {
+  Gpu gpu;
+  BusyCache busy(gpu);
+  fail_next_synchronize(gpu.fake);
+  const Status s = busy.cache->close();
+  CHECK_EQ(s.code(), Code::kBroken);
+  CHECK(says(s, "stays mapped"));
+  CHECK_EQ(gpu.fake.calls_of("cuMemUnmap"), 0u);
+  REQUIRE_OK(busy.cache->close());
+  CHECK_EQ(busy.cache->pool()->usage().kv, 0u);
+}
+
+TEST(a_cache_that_ends_and_cannot_wait_is_left_to_the_driver) {
+  Gpu gpu;
+  BusyCache busy(gpu);
+  const auto pool = busy.cache->pool();
+  fail_next_synchronize(gpu.fake);
+  busy.cache.reset();
+  CHECK_EQ(gpu.fake.calls_of("cuMemUnmap"), 0u);
+  CHECK_EQ(pool->usage().kv, 8 * kCudaChunk);  // Nobody gets them.
+}
+
+TEST(slots_of_a_failed_step_go_after_a_synchronize) {
+  Gpu gpu;
+  BusyCache busy(gpu);
+  KvCache& cache = *busy.cache;
+  // The order in which a recovery does it.
+  REQUIRE_OK(cache.pool()->driver().synchronize());
+  REQUIRE_OK(cache.release_async(busy.slot));
+  CHECK_EQ(cache.trim_available().value(), 8 * kCudaChunk);
+}
+
+TEST(a_cache_is_found_on_the_device_of_its_memory_only) {
+  Gpu gpu({2 * kMiB, 64 * kMiB, 2});
+  BusyCache first(gpu, 0), second(gpu, 1);
+  gpu.fake.finish_kernels();
+  const int32_t one = register_kv(first.cache), two = register_kv(second.cache);
+  CHECK(find_kv(one, 0) == first.cache);
+  CHECK(find_kv(one, 1) == nullptr);
+  CHECK(find_kv(two, 1) == second.cache);
+  CHECK(find_kv(two, 0) == nullptr);
+  const Status s = register_kv_group({{0, two}, {1, one}}).status();
+  CHECK_EQ(s.code(), Code::kInvalid);
+  CHECK(says(s, "is named for device 0, but its memory is on device 1"));
+  const int32_t group = register_kv_group({{0, one}, {1, two}}).value();
+  CHECK(find_kv(group, 0) == first.cache);
+  CHECK(find_kv(group, 1) == second.cache);
+  for (const int32_t id : {group, one, two}) unregister_kv(id);
 }
 
 TEST(a_slot_is_unmapped_when_the_step_that_wrote_it_is_over) {

@@ -1,9 +1,11 @@
 // Runs the CUDA kernels on the CPU: the functions of kernels/cuda/device.h with the meaning that
 // the PTX manual gives them. A kernel's threads are fibers; a block is run at a time, and in it the
 // thread that can go on. Copies to shared memory take place as early or as late as
-// they may, and threads go on in one order or the other, as chosen.
+// they may, and threads go on in one order or the other, as chosen. The products of warpgroups are
+// in cuda_emulator_products.h.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -13,6 +15,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "cuda_emulator_writes.h"
 #include "fiber.h"
 
 #define ELLM_KERNEL inline
@@ -40,6 +43,7 @@ struct Copy {
   void* to;
   const void* from;
   bool valid;
+  SharedWrites::Landed landed;
 
   void land() const {
     if (valid) {
@@ -71,6 +75,8 @@ class Meeting {
     std::memcpy(&value, shown_[place].bytes, sizeof(T));
     return value;
   }
+  // How often all have met.
+  uint64_t round() const { return round_; }
 
  private:
   struct Payload {
@@ -93,9 +99,13 @@ class Meeting {
 
 struct Thread {
   int32_t index;
-  std::vector<std::function<void()>> products;  // of warpgroups, not waited for
-  std::vector<Copy> uncommitted;
-  std::deque<std::vector<Copy>> groups;
+  std::vector<Copy> uncommitted = {};
+  std::deque<std::vector<Copy>> groups = {};
+  std::vector<SharedWrites::Landed> landed = {};  // not yet published to products
+  // Of warpgroups, not waited for.
+  std::vector<std::function<void()>> uncommitted_products = {};
+  std::vector<std::function<void()>> products = {};
+  bool may_multiply = false;  // begun, and no register of a product touched since
 };
 
 struct Block {
@@ -103,9 +113,10 @@ struct Block {
   int32_t grid;
   Timing timing;
   char* shared;
-  std::vector<Thread> threads;
-  std::unique_ptr<Meeting> all;
-  std::vector<Meeting> warps;
+  SharedWrites writes;
+  std::vector<Thread> threads = {};
+  std::unique_ptr<Meeting> all = nullptr;
+  std::vector<Meeting> warps = {};
 };
 
 inline Block* block = nullptr;
@@ -120,7 +131,8 @@ const Meeting& warp_show(const T& value) {
 }
 
 // Runs `body` for every thread of every block. Shared memory begins as NaN. Throws
-// std::runtime_error where the threads of a block wait for each other for ever.
+// std::runtime_error where the threads of a block wait for each other for ever, or a thread ends
+// before products of it.
 inline void run(int64_t blocks, int32_t threads, int64_t shared_bytes, Timing timing,
                 const std::function<void()>& body) {
   constexpr int64_t kAlignment = 1024;
@@ -128,15 +140,20 @@ inline void run(int64_t blocks, int32_t threads, int64_t shared_bytes, Timing ti
   char* shared = memory.data();
   while (reinterpret_cast<uintptr_t>(shared) % kAlignment != 0) ++shared;
   for (int64_t b = 0; b < blocks; ++b) {
-    std::memset(shared, 0xff, shared_bytes);
-    Block here = {
-        static_cast<int32_t>(b), static_cast<int32_t>(blocks), timing, shared, {}, {}, {}};
-    for (int32_t t = 0; t < threads; ++t) here.threads.push_back({t, {}, {}, {}});
+    std::fill(memory.begin(), memory.end(), static_cast<char>(0xff));
+    Block here = {static_cast<int32_t>(b), static_cast<int32_t>(blocks), timing, shared,
+                  SharedWrites(shared_bytes)};
+    for (int32_t t = 0; t < threads; ++t) here.threads.push_back({t});
     here.all = std::make_unique<Meeting>(threads);
     for (int32_t w = 0; w < threads / kWarpLanes; ++w) here.warps.emplace_back(kWarpLanes);
     block = &here;
     Fiber::run_all(threads, kWarpLanes, timing.backwards, body);
     block = nullptr;
+    for (const Thread& thread : here.threads) {
+      if (!thread.products.empty() || !thread.uncommitted_products.empty()) {
+        throw std::runtime_error("a thread has ended before its products");
+      }
+    }
   }
 }
 
@@ -206,6 +223,20 @@ inline uint32_t ballot(bool vote) {
 }
 
 inline int32_t take(int32_t* counter) { return (*counter)++; }
+inline int32_t arrive(int32_t* counter) { return (*counter)++; }
+
+struct FloatPair {
+  float x;
+  float y;
+};
+inline FloatPair load_from_others(const void* at) {
+  if (reinterpret_cast<uintptr_t>(at) % 8 != 0) {
+    throw std::runtime_error("a load of two numbers is not aligned to 8 bytes");
+  }
+  FloatPair pair;
+  std::memcpy(&pair, at, sizeof pair);
+  return pair;
+}
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float divide_fast(float a, float b) { return a / b; }
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
@@ -216,7 +247,11 @@ inline void copy_async(void* shared, const void* global, bool valid) {
       (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0)) {
     throw std::runtime_error("an asynchronous copy is not aligned to 16 bytes");
   }
-  const emulator::Copy copy = {shared, global, valid};
+  // Where nothing is to be read the address has to be good all the same: that hardware does not
+  // look at it is promised nowhere. A fault here is one that a GPU might have.
+  (void)*static_cast<const volatile char*>(global);
+  const int64_t offset = static_cast<const char*>(shared) - emulator::block->shared;
+  const emulator::Copy copy = {shared, global, valid, emulator::block->writes.start(offset)};
   if (!emulator::block->timing.late_copies) copy.land();
   emulator::self().uncommitted.push_back(copy);
 }
@@ -227,12 +262,13 @@ inline void commit_copies() {
 }
 template <int kPending>
 void wait_copies() {
-  auto& groups = emulator::self().groups;
-  while (groups.size() > kPending) {
-    if (emulator::block->timing.late_copies) {
-      for (const emulator::Copy& copy : groups.front()) copy.land();
+  emulator::Thread& self = emulator::self();
+  while (self.groups.size() > kPending) {
+    for (const emulator::Copy& copy : self.groups.front()) {
+      if (emulator::block->timing.late_copies) copy.land();
+      self.landed.push_back(copy.landed);
     }
-    groups.pop_front();
+    self.groups.pop_front();
   }
 }
 
@@ -248,6 +284,9 @@ inline void load_matrices(uint32_t (&to)[4], const void* row, bool transposed) {
       const int32_t r = transposed ? minor + i : major;
       const int32_t c = transposed ? major : minor + i;
       const auto* at = static_cast<const char*>(rows.shown<const void*>(8 * matrix + r));
+      if (reinterpret_cast<uintptr_t>(at) % 16 != 0) {
+        throw std::runtime_error("a row of a matrix is not aligned to 16 bytes");
+      }
       std::memcpy(&pair[i], at + 2 * c, sizeof pair[i]);
     }
     to[matrix] = uint32_t{pair[1]} << 16 | pair[0];
@@ -305,85 +344,5 @@ struct Float16 {
     emulator::multiply_add(d, a, b0, b1, widen);
   }
 };
-
-// Products of warpgroups: carried out when they are waited for, from what lies in shared memory
-// then.
-inline uint32_t shared_address(const void* at) {
-  return static_cast<uint32_t>(static_cast<const char*>(at) - emulator::block->shared);
-}
-inline void publish_to_products() {}
-inline void begin_products() {}
-inline void commit_products() {}
-inline void wait_products() {
-  auto& products = emulator::self().products;
-  for (const auto& product : products) product();
-  products.clear();
-  sync_warp();
-}
-template <class T, int32_t kTiles>
-void settle(T (&)[kTiles][4]) {}
-
-namespace emulator {
-
-// Element (major, minor) of the tile of 16-byte vectors that a descriptor names: minor elements
-// follow each other, majors are 128 bytes apart; the vectors of a row are permuted by the address.
-inline uint16_t tile_element(uint64_t tile, int32_t major, int32_t minor) {
-  if (tile >> 62 != 1) throw std::runtime_error("the tile is not described as 128-byte swizzled");
-  const auto start = static_cast<uint32_t>(tile & 0x3fff) << 4;
-  const auto group_bytes = static_cast<uint32_t>(tile >> 16 & 0x3fff) << 4;
-  const auto eight_bytes = static_cast<uint32_t>(tile >> 32 & 0x3fff) << 4;
-  const uint32_t linear =
-      start + major / 8 * eight_bytes + major % 8 * 128 + minor / 64 * group_bytes + minor % 64 * 2;
-  const uint32_t swizzled = linear ^ ((linear >> 7 & 7) << 4);
-  uint16_t bits;
-  std::memcpy(&bits, block->shared + swizzled, sizeof bits);
-  return bits;
-}
-
-// Row and column of accumulator `i` of column tile `j` in this lane's warpgroup.
-inline int32_t product_row(int32_t i) {
-  return self().index / kWarpLanes % 4 * 16 + lane() / 4 + i / 2 * 8;
-}
-inline int32_t product_column(int32_t j, int32_t i) { return 8 * j + lane() % 4 * 2 + i % 2; }
-
-}  // namespace emulator
-
-template <class E, int32_t kTiles>
-void multiply_tiles(E, float (&d)[kTiles][4], uint64_t a, uint64_t b, bool accumulate) {
-  emulator::self().products.push_back([&d, a, b, accumulate] {
-    for (int32_t j = 0; j < kTiles; ++j) {
-      for (int32_t i = 0; i < 4; ++i) {
-        float sum = accumulate ? d[j][i] : 0.0f;
-        for (int32_t k = 0; k < 16; ++k) {
-          sum += E::widen(emulator::tile_element(a, emulator::product_row(i), k)) *
-                 E::widen(emulator::tile_element(b, emulator::product_column(j, i), k));
-        }
-        d[j][i] = sum;
-      }
-    }
-  });
-}
-
-template <class E, int32_t kTiles>
-void multiply_with_tile(E, float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b) {
-  const emulator::Operands mine = {{a[0], a[1], a[2], a[3]}, {}};
-  const emulator::Meeting& all = emulator::warp_show(mine);
-  std::vector<emulator::Operands> left;  // of the lanes that share a row with this one
-  for (int32_t i = 0; i < 4; ++i) {
-    left.push_back(all.shown<emulator::Operands>(emulator::lane() / 4 * 4 + i));
-  }
-  emulator::self().products.push_back([&d, left, b] {
-    for (int32_t j = 0; j < kTiles; ++j) {
-      for (int32_t i = 0; i < 4; ++i) {
-        for (int32_t k = 0; k < 16; ++k) {
-          const uint32_t word = left[k % 8 / 2].a[i / 2 + k / 8 * 2];
-          const auto bits = static_cast<uint16_t>(k % 2 == 0 ? word : word >> 16);
-          d[j][i] += E::widen(bits) *
-                     E::widen(emulator::tile_element(b, k, emulator::product_column(j, i)));
-        }
-      }
-    }
-  });
-}
 
 }  // namespace ellm::cuda

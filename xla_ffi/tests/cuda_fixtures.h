@@ -202,7 +202,8 @@ class EmulatedGpu {
   }
 
   // Runs the steps as one batch of `sequences` at most, in a bucket with more rows than they need.
-  void batch(const std::vector<Step>& steps, int64_t sequences = 0) {
+  // The memory of the result holds `before`.
+  void batch(const std::vector<Step>& steps, int64_t sequences = 0, float before = NAN) {
     constexpr int64_t kRowsBehind = 3;
     std::vector<int32_t> meta(8);
     int64_t used = 0;
@@ -221,6 +222,7 @@ class EmulatedGpu {
     Values k(shape_.element, rows * shape_.kv_row());
     Values v(shape_.element, rows * shape_.kv_row());
     Values out(shape_.element, rows * shape_.q_row());
+    for (int64_t i = 0; i < rows * shape_.q_row(); ++i) out.set(i, before);
     int64_t row = 0;
     for (const Step& step : steps) {
       const Sequence& from = sequences_[step.index];
@@ -277,7 +279,8 @@ class EmulatedGpu {
     if (bytes > 0)
       workspace = static_cast<char*>(::operator new(bytes, std::align_val_t(kAlignment)));
     if (bytes > 0) std::memset(workspace, 0xff, bytes);
-    const int32_t layer_and_window[] = {kLayer, shape_.window};
+    const int32_t layer = kLayer;
+    const int32_t window = shape_.window;
     const int32_t epoch = epoch_;
 
     AttentionArgs args;
@@ -286,7 +289,8 @@ class EmulatedGpu {
     args.v = v.at(0);
     args.out = out->at(0);
     args.step.words = meta.data();
-    args.layer_and_window = layer_and_window;
+    args.layer = &layer;
+    args.window = &window;
     args.epoch = &epoch;
     args.epoch_out = &epoch_;
     args.kv = KvView(layout_, base_);

@@ -50,7 +50,12 @@ TEST(tokens_lie_where_the_layout_says) {
         const int64_t offset = 6 * layout.slot_bytes + layout.offset_bytes(2, kv, 4, token);
         if (!CHECK_EQ(at - base, offset)) return;
       }
+      CHECK_EQ(view.token_or_first(token, true), view.token(token));
     }
+    // What is copied as zeros has addresses too, and they are in the same 8 tokens or in the first.
+    CHECK_EQ(view.token_or_first(999, false), 0);
+    CHECK_EQ(view.within_eight(3, 32), 3 * view.row_bytes + 32);
+    CHECK_EQ(view.within_eight(7, 240), 8 * view.row_bytes - 16);
   }
 }
 
@@ -106,19 +111,22 @@ TEST(tiles_are_those_with_a_visible_token) {
 // Random steps: the list that one emulated block writes against the spans themselves.
 TEST(the_list_of_work_is_complete_and_fits) {
   std::mt19937_64 random(check::seed);
+  bool long_and_short = false;  // in one step
   for (int round = 0; round < 40; ++round) {
     const int32_t group = 1 + static_cast<int32_t>(random() % 9);
     const int32_t kv_heads = 1 << random() % 4;
     const int32_t window = random() % 3 == 0 ? 700 : 0;
     const int64_t sequences = 1 + random() % 200;
+    const bool decodes_only = round % 4 == 3;
     const auto used = static_cast<int32_t>(random() % (sequences + 1));
-    constexpr int64_t kMaxTokens = 5000;
+    const int64_t max_tokens = round % 2 == 0 ? 5000 : 60000;
     std::vector<int32_t> meta(8);
     std::vector<SequenceSpan> spans;
     int32_t rows = 0;
     for (int32_t i = 0; i < used; ++i) {
-      const int32_t count = random() % 2 == 0 ? 1 : 1 + static_cast<int32_t>(random() % 300);
-      const auto context = static_cast<int32_t>(random() % (kMaxTokens - count));
+      const bool decode = decodes_only || random() % 2 == 0;
+      const int32_t count = decode ? 1 : 1 + static_cast<int32_t>(random() % 300);
+      const auto context = static_cast<int32_t>(random() % (max_tokens - count));
       spans.push_back({i, context, rows, count});
       for (const int32_t word : {i, context, rows, count}) meta.push_back(word);
       rows += count;
@@ -126,22 +134,24 @@ TEST(the_list_of_work_is_complete_and_fits) {
     const int32_t header[] = {1, used, rows, 8};
     std::copy(std::begin(header), std::end(header), meta.begin());
 
-    const AttentionShape shape = {Element::kBFloat16, std::max(rows, 1), sequences,
-                                  kv_heads * group,   kv_heads,          64,
-                                  kMaxTokens};
+    const AttentionShape shape = {
+        Element::kBFloat16, decodes_only ? sequences : std::max<int64_t>(rows, sequences + 1),
+        sequences,          kv_heads * group,
+        kv_heads,           64,
+        max_tokens};
     std::vector<char> memory(Workspace(shape, nullptr).bytes + 128);
     char* aligned = memory.data();
     while (reinterpret_cast<uintptr_t>(aligned) % 128 != 0) ++aligned;
     AttentionArgs args;
-    const int32_t layer_and_window[] = {0, window};
     args.step.words = meta.data();
-    args.layer_and_window = layer_and_window;
+    args.window = &window;
+    args.q_heads = kv_heads * group;
     args.group = Divisor(group);
     args.workspace = Workspace(shape, aligned);
     const Workspace& space = args.workspace;
+    CHECK_EQ(space.decodes_only(), decodes_only);
     emulator::run(1, kPrepareThreads, kPrepareSharedBytes, {}, [&] { list_work(args); });
 
-    REQUIRE(space.header->decode_rows <= space.row_capacity);
     REQUIRE(space.header->decode_units <= int64_t{space.row_capacity} * space.parts_capacity);
     REQUIRE(space.header->prefill_units <= space.prefill_capacity);
     CHECK_EQ(space.header->decode_taken, 0);
@@ -149,10 +159,24 @@ TEST(the_list_of_work_is_complete_and_fits) {
     std::set<std::pair<int32_t, int32_t>> decodes;   // span, part
     std::set<std::pair<int32_t, int32_t>> prefills;  // span, token
     const int32_t block_tokens = kPrefillRows / group;
+    bool short_before = false;
+    std::set<int32_t> decode_rows;
     for (int32_t i = 0; i < space.header->decode_units; ++i) {
       const DecodeUnit unit = space.decode_units[i];
-      REQUIRE(unit.row >= 0 && unit.row < space.header->decode_rows);
-      CHECK(decodes.insert({space.decode_spans[unit.row], unit.part}).second);
+      REQUIRE(unit.row >= 0 && unit.row < space.row_capacity);
+      decode_rows.insert(unit.row);
+      const int32_t span = space.decode_spans[unit.row];
+      CHECK(decodes.insert({span, unit.part}).second);
+      const Parts parts = parts_of(spans[span].context_tokens, window, space.most_parts);
+      const bool is_long = parts.tokens >= kLongPartTokens;
+      CHECK(!(is_long && short_before));
+      long_and_short |= !is_long && i > 0 && !short_before;
+      short_before |= !is_long;
+    }
+    for (const int32_t row : decode_rows) {
+      for (int32_t i = 0; i < args.q_heads; ++i) {
+        CHECK_EQ(space.arrivals[row * args.q_heads + i], 0);
+      }
     }
     for (int32_t i = 0; i < space.header->prefill_units; ++i) {
       const PrefillUnit unit = space.prefill_units[i];
@@ -173,6 +197,7 @@ TEST(the_list_of_work_is_complete_and_fits) {
     CHECK(decodes.empty());
     CHECK(prefills.empty());
   }
+  CHECK(long_and_short);
 }
 
 TEST(spans_are_found_by_row) {
@@ -205,6 +230,7 @@ TEST(workspaces_are_laid_out_without_overlap) {
       {offset(space.header), sizeof(WorkHeader)},
       {offset(space.decode_spans), int64_t{space.row_capacity} * 4},
       {offset(space.decode_units), int64_t{space.row_capacity} * space.parts_capacity * 8},
+      {offset(space.arrivals), int64_t{space.row_capacity} * 24 * 4},
       {offset(space.prefill_units), int64_t{space.prefill_capacity} * 8},
       {offset(space.stats), int64_t{space.row_capacity} * space.parts_capacity * 24 * 8},
       {offset(space.values), int64_t{space.row_capacity} * space.parts_capacity * 24 * 96 * 4}};
@@ -218,6 +244,29 @@ TEST(workspaces_are_laid_out_without_overlap) {
   CHECK_EQ(Workspace(shape, nullptr).bytes, space.bytes);
   const AttentionShape exact = {Element::kFloat32, 300, 40, 24, 8, 96, 32768};
   CHECK_EQ(Workspace(exact, nullptr).bytes, 0);
+}
+
+TEST(a_step_of_no_more_rows_than_sequences_has_no_work_for_prompts) {
+  for (const int64_t rows : {1, 40}) {
+    CHECK(Workspace({Element::kFloat16, rows, 40, 24, 8, 96, 32768}, nullptr).decodes_only());
+  }
+  CHECK(!Workspace({Element::kFloat16, 41, 40, 24, 8, 96, 32768}, nullptr).decodes_only());
+
+  // Not even for a prompt that should not be there, which would be written to other memory.
+  const AttentionShape shape = {Element::kFloat16, 4, 4, 24, 8, 96, 256};
+  alignas(128) static char memory[1 << 20];
+  const int32_t words[] = {1, 2, 4, 8, 0, 0, 0, 0, 0, 0, 0, 3, 1, 9, 3, 1};
+  const int32_t window = 0;
+  AttentionArgs args;
+  args.step.words = words;
+  args.window = &window;
+  args.q_heads = 24;
+  args.group = Divisor(3);
+  args.workspace = Workspace(shape, memory);
+  REQUIRE(args.workspace.bytes <= static_cast<int64_t>(sizeof memory));
+  emulator::run(1, kPrepareThreads, kPrepareSharedBytes, {}, [&] { list_work(args); });
+  CHECK_EQ(args.workspace.header->prefill_units, 0);
+  CHECK_EQ(args.workspace.header->decode_units, 1);
 }
 
 // Of a multiprocessor, with what each block takes for itself: 228 KiB on compute capability 9.0,

@@ -44,7 +44,8 @@ class FakeCuda {
   const CudaApi& api() const { return api_; }
 
   // Of all functions but those that explain an error; a failed one says CUDA_ERROR_UNKNOWN.
-  // kHalfDone: unmapping of several chunks stops after half of them, setting access likewise.
+  // kHalfDone: unmapping of several chunks stops after half of them, setting access likewise;
+  // unregistering is done, and the error is one of an earlier call.
   FaultPlan& faults() { return faults_; }
   // Calls of a function so far, by its symbol.
   uint64_t calls_of(const std::string& symbol) const;

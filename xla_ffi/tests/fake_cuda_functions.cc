@@ -101,6 +101,13 @@ cu::ReturnCode FakeCuda::Functions::device_attribute(int* value, int attribute, 
   }
 }
 
+cu::ReturnCode FakeCuda::Functions::device_bytes(size_t* bytes, cu::Device) {
+  const Call call("cuDeviceTotalMem_v2");
+  if (call.fails) return cu::kUnknown;
+  *bytes = call.fake.options_.device_bytes;
+  return cu::kSuccess;
+}
+
 cu::ReturnCode FakeCuda::Functions::context_retain(cu::Context* context, cu::Device device) {
   const Call call("cuDevicePrimaryCtxRetain");
   if (call.fails) return cu::kUnknown;

@@ -61,6 +61,7 @@ class FaultyDriver : public Driver {
 
   size_t granularity_bytes() const override { return driver_->granularity_bytes(); }
   Reach reach() const override { return driver_->reach(); }
+  int ordinal() const override { return driver_->ordinal(); }
   Status synchronize() override { return driver_->synchronize(); }
 
   Status reserve(size_t bytes, size_t alignment, std::byte** base) override {

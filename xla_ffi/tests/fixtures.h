@@ -15,6 +15,10 @@
 #include "memory/copy_link.h"
 #include "memory/host_driver.h"
 
+#ifdef ELLM_OVER_PINNED_CALLS
+#define ELLM_OVER_PINNED 1
+#endif
+
 #if defined(ELLM_OVER_CUDA) || defined(ELLM_OVER_CUDA_CALLS) || defined(ELLM_OVER_PINNED)
 #include "fake_cuda.h"
 #include "memory/cuda_driver.h"
@@ -44,7 +48,7 @@ inline std::shared_ptr<HostDriver> host_driver() {
 
 // What a test is about: the same sources are built over host memory, over CUDA as the fake has it
 // (ELLM_OVER_CUDA, with ELLM_OVER_CUDA_CALLS the calls that fail are those of CUDA itself), and
-// over pinned host memory (ELLM_OVER_PINNED).
+// over pinned host memory (ELLM_OVER_PINNED, and likewise ELLM_OVER_PINNED_CALLS).
 #ifdef ELLM_WITH_CUDA
 
 // With chunks of a page; what it has to say is checked after each test.
@@ -96,7 +100,7 @@ inline std::shared_ptr<Driver> memory_driver() { return host_driver(); }
 #endif
 
 inline std::shared_ptr<FaultyDriver> faulty_driver() {
-#ifdef ELLM_OVER_CUDA_CALLS
+#if defined(ELLM_OVER_CUDA_CALLS) || defined(ELLM_OVER_PINNED_CALLS)
   return std::make_shared<FaultyDriver>(memory_driver(), &fake_cuda().faults());
 #else
   return std::make_shared<FaultyDriver>(memory_driver());

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <map>
 #include <random>
@@ -159,7 +160,7 @@ void random_operations(uint64_t seed, bool faults, int steps) {
       }
       return false;
     };
-    switch (below(5)) {
+    switch (below(6)) {
       case 0:
       case 1: {
         const size_t n = below(8);
@@ -194,6 +195,13 @@ void random_operations(uint64_t seed, bool faults, int steps) {
           CHECK_EQ(buffer->usage().physical, model.taken.size() * b);
         }
         break;
+      case 5: {
+        const size_t bytes = below(25 * b);
+        if (as_expected(buffer->prepare(bytes), true)) {
+          CHECK(buffer->usage().physical >= std::min(bytes, model.limit) / b * b);
+        }
+        break;
+      }
     }
     const HostUsage u = buffer->usage();
     check_books(u);
@@ -225,10 +233,10 @@ TEST(random_operations_with_a_failing_driver_match_the_model) {
 }
 
 // Every step is done until it succeeds. False once the n-th call comes after all of them.
-bool every_step_with_a_fault_at(uint64_t n, Fault fault) {
+bool every_step_with_faults_at(uint64_t n, uint64_t in_a_row, Fault fault) {
   const size_t b = page_bytes();
   const auto driver = faulty_driver();
-  driver->fail(n, 1, fault);
+  driver->fail(n, in_a_row, fault);
   {
     std::shared_ptr<HostBuffer> buffer;
     while (!buffer) {
@@ -236,7 +244,7 @@ bool every_step_with_a_fault_at(uint64_t n, Fault fault) {
       if (made.ok()) buffer = made.value();
     }
     const auto until_ok = [&](auto step) {
-      for (int attempt = 0; attempt < 3; ++attempt) {
+      for (int attempt = 0; attempt < 5; ++attempt) {
         const size_t used = buffer->usage().used;
         const Status s = step();
         check_books(buffer->usage());
@@ -256,6 +264,8 @@ bool every_step_with_a_fault_at(uint64_t n, Fault fault) {
     CHECK_OK(buffer->give_back({blocks[0]}));
     until_ok([&] { return buffer->resize(4 * b); });
     until_ok([&] { return buffer->resize(9 * b); });
+    until_ok([&] { return buffer->prepare(7 * b); });
+    CHECK(driver->handle_count() >= 7u);
     until_ok([&] { return buffer->take(5, &blocks); });
     for (size_t i = 1; i < blocks.size(); ++i) std::memset(address(*buffer, blocks[i]), 1, b);
   }
@@ -266,10 +276,107 @@ bool every_step_with_a_fault_at(uint64_t n, Fault fault) {
 
 TEST(every_driver_call_may_fail_in_turn) {
   for (const Fault fault : {Fault::kClean, Fault::kHalfDone}) {
-    uint64_t n = 1;
-    while (every_step_with_a_fault_at(n, fault)) ++n;
-    CHECK(n > 15);
+    for (const uint64_t in_a_row : {1, 2, 3}) {
+      uint64_t n = 1;
+      while (every_step_with_faults_at(n, in_a_row, fault)) ++n;
+      CHECK(n > 15);
+    }
   }
+}
+
+TEST(blocks_that_may_still_be_copied_are_lost) {
+  const size_t b = page_bytes();
+  const auto driver = faulty_driver();
+  auto buffer = make_buffer(driver, 4 * b);
+  std::vector<BlockId> blocks;
+  REQUIRE_OK(buffer->take(3, &blocks));
+  REQUIRE_OK(buffer->pin({blocks[1]}).status());
+  buffer->abandon({blocks[1]});
+  CHECK_OK(buffer->give_back(blocks));
+  CHECK_EQ(buffer->usage().used, b);
+  CHECK_EQ(buffer->trim().value(), 2 * b);
+  CHECK_EQ(buffer->resize(0).code(), Code::kOutOfMemory);
+  blocks.clear();
+  CHECK_EQ(buffer->take(4, &blocks).code(), Code::kOutOfMemory);
+  REQUIRE_OK(buffer->take(3, &blocks));
+  CHECK_OK(buffer->give_back(blocks));
+  buffer.reset();
+  CHECK_EQ(driver->leftovers(), "1 ranges, 1 handles, 1 mappings");
+  CHECK_EQ(driver->violations(), "");
+}
+
+// Counts what is made, each of which takes a millisecond, as pinning does.
+class SlowDriver : public FaultyDriver {
+ public:
+  SlowDriver() : FaultyDriver(memory_driver()) {}
+  Status create(size_t bytes, Handle* handle) override {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    ++created;
+    return FaultyDriver::create(bytes, handle);
+  }
+  void await(int count) const {
+    while (created < count) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  std::atomic<int> created{0};
+};
+
+TEST(whoever_takes_blocks_goes_before_those_that_are_prepared) {
+  constexpr int kBlocks = 1000;
+  const size_t b = page_bytes();
+  const auto driver = std::make_shared<SlowDriver>();
+  auto buffer = make_buffer(driver, kBlocks * b);
+  REQUIRE_OK(buffer->prepare_ahead(SIZE_MAX));
+  driver->await(1);
+  int created_meanwhile = 0;
+  for (int i = 0; i < 20; ++i) {
+    std::vector<BlockId> blocks;
+    driver->await(driver->created + 1);
+    const int before = driver->created;
+    REQUIRE_OK(buffer->take(1, &blocks));
+    created_meanwhile += driver->created - before;
+    CHECK_OK(buffer->give_back(blocks));
+  }
+  CHECK(created_meanwhile < 100);
+  buffer->close();
+  const int created = driver->created;
+  CHECK_EQ(buffer->usage().physical, static_cast<size_t>(created) * b);
+  std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  CHECK_EQ(driver->created.load(), created);
+  buffer.reset();
+  CHECK_EQ(driver->leftovers(), "");
+}
+
+TEST(preparing_ends_when_it_is_done_or_replaced_or_memory_is_given_back) {
+  const size_t b = page_bytes();
+  const auto driver = std::make_shared<SlowDriver>();
+  auto buffer = make_buffer(driver, 200 * b);
+  const auto physical = [&] { return buffer->usage().physical; };
+  REQUIRE_OK(buffer->prepare_ahead(3 * b + 1));
+  driver->await(3);
+  REQUIRE_OK(buffer->prepare_ahead(5 * b));  // It has waited for the thread before.
+  driver->await(5);
+  buffer->close();
+  CHECK_EQ(physical(), 5 * b);
+  REQUIRE_OK(buffer->prepare_ahead(SIZE_MAX));
+  driver->await(8);
+  CHECK(buffer->trim().value() >= 7 * b);
+  CHECK_EQ(physical(), 0u);
+  std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  CHECK_EQ(physical(), 0u);
+  // What fails is tried again by whoever needs it.
+  driver->fail(driver->calls() + 1, 1);
+  REQUIRE_OK(buffer->prepare_ahead(SIZE_MAX));
+  while (driver->faults() == 0) std::this_thread::yield();
+  buffer->close();
+  std::vector<BlockId> blocks;
+  REQUIRE_OK(buffer->take(2, &blocks));
+  CHECK_OK(buffer->give_back(blocks));
+  // It ends with the buffer, too.
+  REQUIRE_OK(buffer->prepare_ahead(SIZE_MAX));
+  buffer.reset();
+  CHECK(driver->created < 100);
+  CHECK_EQ(driver->leftovers(), "");
+  CHECK_EQ(driver->violations(), "");
 }
 
 TEST(threads_share_a_buffer) {
@@ -277,6 +384,12 @@ TEST(threads_share_a_buffer) {
   const auto driver = faulty_driver();
   auto buffer = make_buffer(driver, 16 * b);
   std::vector<std::thread> threads;
+  threads.emplace_back([&] {
+    for (int step = 0; step < 100; ++step) {
+      CHECK_OK(buffer->prepare_ahead(static_cast<size_t>(step % 12) * b));
+      std::this_thread::yield();
+    }
+  });
   for (int thread = 0; thread < 3; ++thread) {
     threads.emplace_back([&, thread] {
       std::mt19937_64 random(check::seed + static_cast<uint64_t>(thread));

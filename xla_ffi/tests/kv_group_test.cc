@@ -50,7 +50,7 @@ TEST(a_group_stands_for_the_cache_of_each_device) {
   const auto one = make_cache(pool, page_layout(1, 64));
   const auto two = make_cache(pool, page_layout(1, 64));
   const int32_t first = register_kv(one), second = register_kv(two);
-  const int32_t group = register_kv_group({{0, first}, {3, second}});
+  const int32_t group = register_kv_group({{0, first}, {3, second}}).value();
   CHECK(find_kv(group, 0) == one);
   CHECK(find_kv(group, 3) == two);
   CHECK(find_kv(group, 1) == nullptr);

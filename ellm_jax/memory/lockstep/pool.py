@@ -73,6 +73,11 @@ class LockstepPool:
             lambda _, pool, __: pool.resize(before),
         )
 
+    def synchronize(self) -> None:
+        """Waits until every device has done what was started on it, those after one that fails
+        too."""
+        on_every(self.members, lambda _, pool: pool.synchronize())
+
     # Chunks.
 
     def cache(self, ids: Sequence[int]) -> None:

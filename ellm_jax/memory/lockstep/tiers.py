@@ -58,6 +58,10 @@ class LockstepBuffer:
         """Gives unused blocks to the system; returns the least bytes that one device gave."""
         return min(on_every(self.members, lambda _, buffer: buffer.trim()))
 
+    def close(self) -> None:
+        """Ends the threads that work ahead."""
+        on_every(self.members, lambda _, buffer: buffer.close())
+
 
 class LockstepCopier:
     """As the native `Copier`: a copy is one per device, each on its own thread."""

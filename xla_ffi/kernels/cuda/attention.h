@@ -9,6 +9,8 @@ struct CUstream_st;
 namespace ellm::cuda {
 
 // Writes the step's K and V into their slots, attends, and clears the rows that no sequence uses.
+// Where `shape` has no more rows than sequences, each sequence has to have one row: those of
+// another become NaN (but for float32, and head sizes that the tensor core kernels do not take).
 // `args.workspace` is that of `shape`. Only enqueues kernels on `stream` of the current device: no
 // allocation, no wait, so that it can be captured in a graph.
 // Errors: kDriver (the runtime refused a launch), kInvalid (a head size above kMostHeadDim, or a

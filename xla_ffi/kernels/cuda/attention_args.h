@@ -37,6 +37,16 @@ struct KvView {
     const int32_t chunk = tile.quotient(token);
     return chunk * chunk_bytes + (token - chunk * tile.value()) * row_bytes;
   }
+  // The same for a token that may not be `mapped`: then that of token 0, which is.
+  ELLM_HOST_DEVICE int64_t token_or_first(int32_t token, bool mapped) const {
+    return mapped ? this->token(token) : 0;
+  }
+  // From the first of 8 tokens that lie one after the other to 16 bytes of the token `row`, which
+  // begin `column_bytes` into it; never past the 8 tokens, where memory may end.
+  ELLM_HOST_DEVICE int32_t within_eight(int32_t row, int32_t column_bytes) const {
+    const auto bytes = static_cast<int32_t>(row_bytes);
+    return at_most(row * bytes + column_bytes, 8 * bytes - 16);
+  }
 };
 
 // The metadata of a step as it lies on the device: header and spans; the rest is not for attention.
@@ -59,7 +69,8 @@ struct AttentionArgs {
   const void* v = nullptr;  // like k
   void* out = nullptr;      // like q
   DeviceStep step;
-  const int32_t* layer_and_window = nullptr;  // window: a token sees the last so many; 0: all
+  const int32_t* layer = nullptr;
+  const int32_t* window = nullptr;  // a token sees the last so many; 0: all
   const int32_t* epoch = nullptr;
   int32_t* epoch_out = nullptr;
   KvView kv;

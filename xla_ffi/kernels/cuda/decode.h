@@ -2,16 +2,15 @@
 // one row's context with one KV head, and each of its warps every fourth group of 16 tokens of it.
 #pragma once
 
-#include "kernels/cuda/fragments.h"
+#include "kernels/cuda/merge.h"
 
 namespace ellm::cuda {
 
-constexpr int32_t kDecodeWarps = 4;
-constexpr int32_t kDecodeThreads = kDecodeWarps * kWarp;
-// Tokens that a warp loads and takes in at a time.
-constexpr int32_t kDecodeStep = 16;
-// Query rows of a tensor core product: the heads of a group, padded.
-constexpr int32_t kDecodeRows = 16;
+// What the first thread tells the others between two units.
+struct DecodeNotes {
+  int32_t next;   // unit
+  int32_t merge;  // whether the unit was the last of its row and heads
+};
 
 // Shared memory: the queries; per warp a ring of steps, each K and V; what the warps tell each
 // other.
@@ -26,6 +25,7 @@ struct DecodeMemory {
   static constexpr int32_t kWarpRingBytes = kStages * 2 * kStepBytes;
   static constexpr int32_t kNotes = kRing + kDecodeWarps * kWarpRingBytes;
   static constexpr int32_t kBytes = kNotes + 16;
+  static_assert(sizeof(DecodeNotes) <= kBytes - kNotes);
 
   // After the last step the rings hold the results of the warps instead: per row its maximum, its
   // sum, and kHeadDim values.
@@ -33,55 +33,9 @@ struct DecodeMemory {
   static_assert(kDecodeRows * kResultFloats * int32_t{sizeof(float)} <= kWarpRingBytes);
 };
 
-// What a block works on.
-struct DecodeTask {
-  int32_t decode_row;
-  int32_t part;   // from the first that the row sees
-  int32_t parts;  // of the row
-  int32_t row;    // of q
-  int32_t kv_head;
-  int32_t head;   // first query head
-  int32_t heads;  // up to kDecodeRows
-  int32_t begin;  // tokens
-  int32_t end;
-  const char* keys;
-  const char* values;
-};
-
-// Blocks of kDecodeRows query heads that share a KV head.
-ELLM_HOST_DEVICE int32_t head_blocks(int32_t group) {
-  return static_cast<int32_t>(ceil_div(group, kDecodeRows));
-}
-
-ELLM_DEVICE DecodeTask decode_task(const AttentionArgs& args, int32_t index) {
-  const int32_t group = args.group.value();
-  const int32_t blocks = args.kv.kv_heads * head_blocks(group);
-  const DecodeUnit unit = args.workspace.decode_units[index / blocks];
-  const int32_t block = index % blocks;
-  const SequenceSpan span = args.step.span(args.workspace.decode_spans[unit.row]);
-  const int32_t layer = args.layer_and_window[0];
-  const int32_t window = args.layer_and_window[1];
-  const Parts parts = parts_of(span.context_tokens, window, args.workspace.most_parts);
-
-  DecodeTask task;
-  task.decode_row = unit.row;
-  task.part = unit.part;
-  task.parts = parts.count;
-  task.row = span.row_begin;
-  task.kv_head = block % args.kv.kv_heads;
-  const int32_t first = block / args.kv.kv_heads * kDecodeRows;
-  task.head = task.kv_head * group + first;
-  task.heads = at_most(group - first, kDecodeRows);
-  task.begin =
-      at_least((parts.first + unit.part) * parts.tokens, first_seen(span.context_tokens, window));
-  task.end = at_most((parts.first + unit.part + 1) * parts.tokens, span.context_tokens + 1);
-  task.keys = args.kv.head(span.slot, layer, 0, task.kv_head);
-  task.values = args.kv.head(span.slot, layer, 1, task.kv_head);
-  return task;
-}
-
 // Starts the copies of K and V of the tokens [token, token + kDecodeStep) by one warp. Tokens from
-// `end` on become zeros; their memory may not be mapped.
+// `end` on become zeros, and so do columns past the head: where their memory may not be mapped,
+// they have the addresses of others.
 template <int32_t kHeadDim>
 ELLM_DEVICE void load_step(const AttentionArgs& args, const DecodeTask& task, int32_t token,
                            char* stage) {
@@ -90,14 +44,14 @@ ELLM_DEVICE void load_step(const AttentionArgs& args, const DecodeTask& task, in
   const int32_t lane = thread_index() % kWarp;
   ELLM_UNROLL
   for (int32_t half = 0; half < kDecodeStep / 8; ++half) {
-    const int64_t from = args.kv.token(token + 8 * half);
+    const int32_t first = token + 8 * half;
+    const int64_t from = args.kv.token_or_first(first, first < task.end);
     ELLM_UNROLL
     for (int32_t i = 0; i < 8 * kVectors / kWarp; ++i) {
       const int32_t row = (i * kWarp + lane) / kVectors;
       const int32_t column = (i * kWarp + lane) % kVectors;
-      const bool valid =
-          token + 8 * half + row < task.end && column * kVectorElements < args.head_dim;
-      const int64_t offset = from + row * args.kv.row_bytes + column * kVectorBytes;
+      const bool valid = first + row < task.end && column * kVectorElements < args.head_dim;
+      const int64_t offset = from + args.kv.within_eight(row, column * kVectorBytes);
       char* to = stage + (8 * half + row) * Memory::kPitch + column * kVectorBytes;
       copy_async(to, task.keys + offset, valid);
       copy_async(to + Memory::kStepBytes, task.values + offset, valid);
@@ -113,9 +67,10 @@ ELLM_DEVICE void load_queries(const AttentionArgs& args, const DecodeTask& task,
   for (int32_t i = thread_index(); i < kDecodeRows * kVectors; i += kDecodeThreads) {
     const int32_t row = i / kVectors;
     const int32_t column = i % kVectors;
+    const bool valid = row < task.heads && column * kVectorElements < args.head_dim;
     copy_async(queries + row * pitch_bytes(kHeadDim) + column * kVectorBytes,
-               from + row * args.kv.row_bytes + column * kVectorBytes,
-               row < task.heads && column * kVectorElements < args.head_dim);
+               from + (valid ? row * args.kv.row_bytes + column * kVectorBytes : int64_t{0}),
+               valid);
   }
 }
 
@@ -176,23 +131,6 @@ ELLM_DEVICE void store_result(const RowState& state, float factor,
     }
   }
 }
-
-// Results of several parts of a row as one, in their order.
-class Merged {
- public:
-  float max = 0.0f;
-  float sum = 0.0f;
-
-  // `high`: the largest maximum; parts that saw nothing have minus infinity and weigh nothing.
-  ELLM_DEVICE explicit Merged(float high) : max(high == kMinusInfinity ? 0.0f : high) {}
-
-  // The weight of a part, whose sum is taken in.
-  ELLM_DEVICE float take(const PartStats& part) {
-    const float weight = exp2_fast(part.max - max);
-    sum = fused_multiply_add(weight, part.sum, sum);
-    return weight;
-  }
-};
 
 // The results of the warps as one, to the partial results or, where the row has one part, to the
 // rows of the output. The whole block.
@@ -283,81 +221,34 @@ ELLM_DEVICE void decode_part(const AttentionArgs& args, const DecodeTask& task, 
   merge_warps<E, kHeadDim>(args, task, shared + Memory::kRing);
 }
 
-// A fixed number of blocks, each of which takes unit after unit.
+// A fixed number of blocks, each of which takes unit after unit. Whoever is done last with the
+// parts of a row merges them.
 template <class E, int32_t kHeadDim>
 ELLM_KERNEL void ELLM_LAUNCH_BOUNDS(kDecodeThreads, kHeadDim <= 128 ? 2 : 1)
     decode(const AttentionArgs args) {
   using Memory = DecodeMemory<kHeadDim>;
   char* shared = shared_memory();
-  auto* next = reinterpret_cast<int32_t*>(shared + Memory::kNotes);
+  auto* notes = reinterpret_cast<DecodeNotes*>(shared + Memory::kNotes);
   WorkHeader* header = args.workspace.header;
   const int32_t units = header->decode_units * args.kv.kv_heads * head_blocks(args.group.value());
   int32_t unit = block_index();
   while (unit < units) {
-    // Asked for early, so that the answer is there when it is needed.
-    if (thread_index() == 0) *next = grid_blocks() + take(&header->decode_taken);
-    decode_part<E, kHeadDim>(args, decode_task(args, unit), shared);
+    // Asked for early and used late, so that nothing waits for the answer; but the largest heads
+    // leave no register to keep it in.
+    constexpr bool kEarly = kHeadDim <= 128;
+    int32_t next = 0;
+    if (kEarly && thread_index() == 0) next = grid_blocks() + take(&header->decode_taken);
+    const DecodeTask task = decode_task(args, unit);
+    decode_part<E, kHeadDim>(args, task, shared);
     sync_block();
-    unit = *next;
+    if (thread_index() == 0) {
+      if (!kEarly) next = grid_blocks() + take(&header->decode_taken);
+      *notes = {next, arrives_last(args, task) ? 1 : 0};
+    }
     sync_block();
+    unit = notes->next;
+    if (notes->merge != 0) merge_parts<E, kHeadDim>(args, task);
   }
-}
-
-// Merges the parts of the decode rows that have several, first to last: a warp for each row and
-// query head.
-constexpr int32_t kMergeThreads = 128;
-
-template <class E>
-ELLM_KERNEL void ELLM_LAUNCH_BOUNDS(kMergeThreads, 1) merge(const AttentionArgs args) {
-  constexpr int32_t kPairs = 4;  // of columns that a lane may hold: head sizes up to 256
-  const Workspace& space = args.workspace;
-  const int32_t lane = thread_index() % kWarp;
-  const int32_t index = block_index() * (kMergeThreads / kWarp) + thread_index() / kWarp;
-  const int32_t decode_row = index / args.q_heads;
-  const int32_t head = index % args.q_heads;
-  if (decode_row >= space.header->decode_rows) return;
-  const SequenceSpan span = args.step.span(space.decode_spans[decode_row]);
-  const int32_t parts =
-      parts_of(span.context_tokens, args.layer_and_window[1], space.most_parts).count;
-  if (parts == 1) return;
-
-  const int64_t first = int64_t{decode_row} * space.parts_capacity * args.q_heads + head;
-  float high = kMinusInfinity;
-  for (int32_t p = lane; p < parts; p += kWarp) {
-    high = fmaxf(high, space.stats[first + int64_t{p} * args.q_heads].max);
-  }
-  ELLM_UNROLL
-  for (int32_t mask = kWarp / 2; mask > 0; mask /= 2) high = fmaxf(high, shuffle_xor(high, mask));
-
-  Merged merged(high);
-  float values[kPairs][2] = {};
-  for (int32_t p = 0; p < parts; ++p) {
-    const int64_t part = first + int64_t{p} * args.q_heads;
-    const float weight = merged.take(space.stats[part]);
-    const float* from = space.values + part * args.head_dim;
-    ELLM_UNROLL
-    for (int32_t i = 0; i < kPairs; ++i) {
-      const int32_t column = 2 * (lane + i * kWarp);
-      if (column < args.head_dim) {
-        values[i][0] = fused_multiply_add(weight, from[column], values[i][0]);
-        values[i][1] = fused_multiply_add(weight, from[column + 1], values[i][1]);
-      }
-    }
-  }
-  char* out = static_cast<char*>(args.out) +
-              (int64_t{span.row_begin} * args.q_heads + head) * args.kv.row_bytes;
-  ELLM_UNROLL
-  for (int32_t i = 0; i < kPairs; ++i) {
-    const int32_t column = 2 * (lane + i * kWarp);
-    if (column < args.head_dim) {
-      *reinterpret_cast<uint32_t*>(out + column * 2) =
-          E::pack(values[i][0] / merged.sum, values[i][1] / merged.sum);
-    }
-  }
-}
-
-inline int64_t merge_blocks(const Workspace& space, int64_t q_heads) {
-  return ceil_div(space.row_capacity * q_heads, kMergeThreads / kWarp);
 }
 
 }  // namespace ellm::cuda

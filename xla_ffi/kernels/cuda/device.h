@@ -41,6 +41,27 @@ ELLM_DEVICE uint32_t ballot(bool vote) { return __ballot_sync(0xffffffffu, vote)
 
 ELLM_DEVICE int32_t take(int32_t* counter) { return atomicAdd(counter, 1); }
 
+// Counts a block in, and returns how many were before it; one thread calls this, between two
+// barriers of its block. What a block wrote before its first barrier is there for a block that is
+// counted later, after its second one.
+ELLM_DEVICE int32_t arrive(int32_t* counter) {
+  __threadfence();
+  const int32_t before = atomicAdd(counter, 1);
+  __threadfence();
+  return before;
+}
+
+struct FloatPair {
+  float x;
+  float y;
+};
+// Two numbers, aligned to 8 bytes, that other blocks wrote while this one ran: never from the cache
+// of this multiprocessor.
+ELLM_DEVICE FloatPair load_from_others(const void* at) {
+  const float2 pair = __ldcg(static_cast<const float2*>(at));
+  return {pair.x, pair.y};
+}
+
 ELLM_DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -4,6 +4,13 @@
 
 #include "kernels/cuda/device.h"
 
+#if !defined(__CUDACC__)
+#include "tests/cuda_emulator_products.h"
+#endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900 && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#error "Code for sm_90 would run on a Hopper without its products: compile for sm_90a instead."
+#endif
+
 namespace ellm::cuda {
 
 // How tiles of 2-byte elements lie in shared memory for these products: columns in groups of 64,

@@ -45,8 +45,8 @@ ELLM_KERNEL void ELLM_LAUNCH_BOUNDS(kExactThreads, 1) exact(const AttentionArgs 
   if (row >= args.step.num_rows()) return;
 
   const SequenceSpan span = args.step.span(find_span(args.step, row));
-  const int32_t layer = args.layer_and_window[0];
-  const int32_t window = args.layer_and_window[1];
+  const int32_t layer = args.layer[0];
+  const int32_t window = args.window[0];
   const int32_t position = span.context_tokens + row - span.row_begin;
   const int32_t begin = first_seen(position, window);
   const int32_t kv_head = args.group.quotient(head);

@@ -61,22 +61,15 @@ Status launch_decode(Launcher& launcher, const AttentionArgs& args) {
   const Workspace& space = args.workspace;
   const int64_t units = int64_t{space.row_capacity} * space.parts_capacity * args.kv.kv_heads *
                         head_blocks(args.group.value());
-  if (Status s = launcher.template launch<decode<E, kHeadDim>>(
-          {units, kDecodeThreads, DecodeMemory<kHeadDim>::kBytes, true}, args);
-      !s.ok()) {
-    return s;
-  }
-  if (space.parts_capacity == 1) return Status::Ok();
-  return launcher.template launch<merge<E>>({merge_blocks(space, args.q_heads), kMergeThreads, 0},
-                                            args);
+  return launcher.template launch<decode<E, kHeadDim>>(
+      {units, kDecodeThreads, DecodeMemory<kHeadDim>::kBytes, true}, args);
 }
 
 template <class E, int32_t kHeadDim, class Launcher>
 Status launch_head_dim(Launcher& launcher, const AttentionArgs& args) {
   if (Status s = launch_prepare(launcher, args); !s.ok()) return s;
   if (Status s = launch_decode<E, kHeadDim>(launcher, args); !s.ok()) return s;
-  // A span of several rows needs a step of several rows.
-  return args.rows == 1 ? Status::Ok() : launch_prefill<E, kHeadDim>(launcher, args);
+  return args.workspace.decodes_only() ? Status::Ok() : launch_prefill<E, kHeadDim>(launcher, args);
 }
 
 template <class E, class Launcher>

@@ -13,6 +13,8 @@ namespace ellm::cuda {
 
 inline Status cuda_status(cudaError_t code, const char* what) {
   if (code == cudaSuccess) return Status::Ok();
+  // The runtime keeps the code until it is asked for: the next launch would look like a failed one.
+  (void)cudaGetLastError();
   return Status(Code::kDriver, std::string(what) + ": " + cudaGetErrorName(code) + ", " +
                                    cudaGetErrorString(code));
 }
@@ -22,14 +24,17 @@ class StreamLauncher {
   // With `load_only`, kernels are made ready for the current device and nothing is launched.
   StreamLauncher(cudaStream_t stream, bool load_only) : stream_(stream), load_only_(load_only) {}
 
-  // False too where the device cannot be asked: the kernels for any device do.
+  // False too where the device cannot be asked: the kernels for any device do. So they do in a
+  // build without code for sm_90a, where those for Hopper would be made of code that traps.
   bool has_warpgroup_products() const {
+#if defined(ELLM_SM90A)
     int device = 0;
     int major = 0;
-    return cudaGetDevice(&device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ==
-               cudaSuccess &&
-           major == 9;
+    return cuda_status(cudaGetDevice(&device), "cudaGetDevice").ok() &&
+           attribute(cudaDevAttrComputeCapabilityMajor, device, &major).ok() && major == 9;
+#else
+    return false;
+#endif
   }
 
   template <auto kKernel>
@@ -59,6 +64,17 @@ class StreamLauncher {
   static constexpr int kMostDevices = 64;
 
   static Status load(const void* kernel, const LaunchShape& shape, int device, int* most) {
+    int allowed = 0;
+    if (Status s = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device, &allowed); !s.ok()) {
+      return s;
+    }
+    if (shape.shared_bytes > allowed) {
+      return Status(Code::kInvalid,
+                    "an attention kernel takes " + std::to_string(shape.shared_bytes) +
+                        " bytes of shared memory, and device " + std::to_string(device) + " has " +
+                        std::to_string(allowed) +
+                        " for a block; use a GPU of compute capability 8.0 or 9.0, or the CPU");
+    }
     if (Status s =
             cuda_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              static_cast<int>(shape.shared_bytes)),
@@ -66,11 +82,17 @@ class StreamLauncher {
         !s.ok()) {
       return s;
     }
-    int multiprocessors = 0;
-    if (Status s = cuda_status(
-            cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
-            "cudaDeviceGetAttribute");
+    // The same for all kernels of a call: a multiprocessor divides its memory anew only between
+    // kernels that want it otherwise.
+    if (Status s =
+            cuda_status(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                             cudaSharedmemCarveoutMaxShared),
+                        "asking for most memory of a multiprocessor to be shared memory");
         !s.ok()) {
+      return s;
+    }
+    int multiprocessors = 0;
+    if (Status s = attribute(cudaDevAttrMultiProcessorCount, device, &multiprocessors); !s.ok()) {
       return s;
     }
     int blocks = 0;
@@ -82,12 +104,18 @@ class StreamLauncher {
     }
     if (blocks == 0) {
       return Status(Code::kInvalid,
-                    "an attention kernel with " + std::to_string(shape.shared_bytes) +
+                    "an attention kernel of " + std::to_string(shape.threads) + " threads and " +
+                        std::to_string(shape.shared_bytes) +
                         " bytes of shared memory does not fit a multiprocessor of device " +
-                        std::to_string(device) + "; use a GPU of compute capability 8.0 or later");
+                        std::to_string(device) +
+                        "; use a GPU of compute capability 8.0 or 9.0, or the CPU");
     }
     *most = multiprocessors * blocks;
     return Status::Ok();
+  }
+
+  static Status attribute(cudaDeviceAttr which, int device, int* value) {
+    return cuda_status(cudaDeviceGetAttribute(value, which, device), "cudaDeviceGetAttribute");
   }
 
   cudaStream_t stream_;

@@ -14,6 +14,8 @@ constexpr int32_t kPartGranule = 64;
 // already uses most of the memory bandwidth.
 constexpr int32_t kUnitsPerRow = 128;
 constexpr int32_t kLeastMostParts = 16;
+// Parts of so many tokens are taken before shorter ones: begun last they would run alone.
+constexpr int32_t kLongPartTokens = 1024;
 
 // First token that the token at `position` sees.
 ELLM_HOST_DEVICE int32_t first_seen(int32_t position, int32_t window) {

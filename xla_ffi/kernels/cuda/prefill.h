@@ -3,7 +3,7 @@
 // tokens, with an online softmax; after Dao, "FlashAttention-2" (2023).
 #pragma once
 
-#include "kernels/cuda/fragments.h"
+#include "kernels/cuda/prepare.h"
 
 namespace ellm::cuda {
 
@@ -36,17 +36,21 @@ struct PrefillTask {
   const char* values;
 };
 
+// One KV head comes after the other: then the K and V that all blocks read at a time stay in the L2
+// cache.
 ELLM_DEVICE PrefillTask prefill_task(const AttentionArgs& args, int32_t index) {
-  const PrefillUnit unit = args.workspace.prefill_units[index / args.kv.kv_heads];
+  const int32_t units = args.workspace.header->prefill_units;
+  const int32_t kv_head = index / units;
+  const PrefillUnit unit = args.workspace.prefill_units[index - kv_head * units];
   const SequenceSpan span = args.step.span(unit.span);
-  const int32_t layer = args.layer_and_window[0];
+  const int32_t layer = args.layer[0];
   const int32_t block_tokens = tokens_per_block(kPrefillRows, args.group.value());
   const int32_t first = unit.block * block_tokens;
   const int32_t tokens = at_most(block_tokens, span.row_count - first);
 
   PrefillTask task;
   task.row = span.row_begin + first;
-  task.kv_head = index % args.kv.kv_heads;
+  task.kv_head = kv_head;
   task.query_rows = tokens * args.group.value();
   task.first_position = span.context_tokens + first;
   task.last_position = task.first_position + tokens - 1;
@@ -63,7 +67,8 @@ ELLM_DEVICE int64_t query_offset(const AttentionArgs& args, const PrefillTask& t
 }
 
 // Starts the copies of one tile of K or V by the whole block. Tokens past the last position
-// become zeros; their memory may not be mapped.
+// become zeros, and so do columns past the head: where their memory may not be mapped, they have
+// the addresses of others.
 template <int32_t kHeadDim>
 ELLM_DEVICE void load_tile(const AttentionArgs& args, const char* head, int32_t tile,
                            int32_t last_position, char* to) {
@@ -73,13 +78,13 @@ ELLM_DEVICE void load_tile(const AttentionArgs& args, const char* head, int32_t 
   constexpr int32_t kGroupThreads = Memory::kThreads / (Memory::kTile / 8);
   const int32_t group = thread_index() / kGroupThreads;
   const int32_t token = tile * Memory::kTile + 8 * group;
-  const int64_t from = args.kv.token(token);
+  const int64_t from = args.kv.token_or_first(token, token <= last_position);
   ELLM_UNROLL
   for (int32_t i = 0; i < 8 * kVectors / kGroupThreads; ++i) {
     const int32_t row = (i * kGroupThreads + thread_index() % kGroupThreads) / kVectors;
     const int32_t column = (i * kGroupThreads + thread_index() % kGroupThreads) % kVectors;
     copy_async(to + (8 * group + row) * pitch_bytes(kHeadDim) + column * kVectorBytes,
-               head + from + row * args.kv.row_bytes + column * kVectorBytes,
+               head + from + args.kv.within_eight(row, column * kVectorBytes),
                token + row <= last_position && column * kVectorElements < args.head_dim);
   }
 }
@@ -94,7 +99,7 @@ ELLM_DEVICE void load_block_queries(const AttentionArgs& args, const PrefillTask
     const bool valid = row < task.query_rows && column * kVectorElements < args.head_dim;
     copy_async(queries + row * pitch_bytes(kHeadDim) + column * kVectorBytes,
                static_cast<const char*>(args.q) + query_offset(args, task, valid ? row : 0) +
-                   column * kVectorBytes,
+                   (valid ? column * kVectorBytes : 0),
                valid);
   }
 }
@@ -149,7 +154,7 @@ ELLM_DEVICE void prefill_block(const AttentionArgs& args, const PrefillTask& tas
   using Memory = PrefillMemory<kHeadDim>;
   constexpr int32_t kRowTiles = Memory::kRowTiles;
   const ScoreScale scale(args);
-  const int32_t window = args.layer_and_window[1];
+  const int32_t window = args.window[0];
   const int32_t first_row = thread_index() / kWarp * 16 * kRowTiles;
   const int32_t lane_row = first_row + thread_index() % kWarp / 4;
   char* keys = shared + Memory::kKeys;
@@ -244,14 +249,13 @@ ELLM_KERNEL void ELLM_LAUNCH_BOUNDS(PrefillMemory<kHeadDim>::kThreads, kHeadDim 
   char* shared = shared_memory();
   auto* next = reinterpret_cast<int32_t*>(shared + Memory::kNotes);
   WorkHeader* header = args.workspace.header;
-  const int32_t units = header->prefill_units * args.kv.kv_heads;
   int32_t unit = block_index();
-  while (unit < units) {
-    if (thread_index() == 0) *next = grid_blocks() + take(&header->prefill_taken);
+  while (unit < header->prefill_units * args.kv.kv_heads) {
     prefill_block<E, kHeadDim>(args, prefill_task(args, unit), shared);
+    // Not asked for earlier: there is no register to keep the answer in.
+    if (thread_index() == 0) *next = grid_blocks() + take(&header->prefill_taken);
     sync_block();
     unit = *next;
-    sync_block();
   }
 }
 

@@ -27,8 +27,7 @@ struct HopperMemory {
   static constexpr int32_t kBytes = kNotes + 16;
 };
 
-// Starts the copies of a tile of K and one of V. Tokens past the last position become zeros; their
-// memory may not be mapped.
+// Starts the copies of a tile of K and one of V, as load_tile() of prefill.h.
 template <int32_t kHeadDim>
 ELLM_DEVICE void load_stage(const AttentionArgs& args, const PrefillTask& task, int32_t tile,
                             char* stage) {
@@ -38,14 +37,14 @@ ELLM_DEVICE void load_stage(const AttentionArgs& args, const PrefillTask& task, 
   constexpr int32_t kGroupThreads = kHopperThreads / (kHopperTile / 8);
   const int32_t first_row = thread_index() / kGroupThreads * 8;
   const int32_t token = tile * kHopperTile + first_row;
-  const int64_t from = args.kv.token(token);
+  const int64_t from = args.kv.token_or_first(token, token <= task.last_position);
   ELLM_UNROLL
   for (int32_t i = 0; i < 8 * kVectors / kGroupThreads; ++i) {
     const int32_t row = (i * kGroupThreads + thread_index() % kGroupThreads) / kVectors;
     const int32_t vector = (i * kGroupThreads + thread_index() % kGroupThreads) % kVectors;
     const bool valid =
         token + row <= task.last_position && vector * kVectorElements < args.head_dim;
-    const int64_t offset = from + row * args.kv.row_bytes + vector * kVectorBytes;
+    const int64_t offset = from + args.kv.within_eight(row, vector * kVectorBytes);
     char* to = stage + swizzled_offset(kHopperTile, first_row + row, vector);
     copy_async(to, task.keys + offset, valid);
     copy_async(to + Memory::kTileBytes, task.values + offset, valid);
@@ -62,7 +61,7 @@ ELLM_DEVICE void load_hopper_queries(const AttentionArgs& args, const PrefillTas
     const bool valid = row < task.query_rows && vector * kVectorElements < args.head_dim;
     copy_async(queries + swizzled_offset(kPrefillRows, row, vector),
                static_cast<const char*>(args.q) + query_offset(args, task, valid ? row : 0) +
-                   vector * kVectorBytes,
+                   (valid ? vector * kVectorBytes : 0),
                valid);
   }
 }
@@ -101,7 +100,7 @@ ELLM_DEVICE void prefill_hopper_block(const AttentionArgs& args, const PrefillTa
                                       char* shared) {
   using Memory = HopperMemory<kHeadDim>;
   const ScoreScale scale(args);
-  const int32_t window = args.layer_and_window[1];
+  const int32_t window = args.window[0];
   const int32_t group_row = thread_index() / (4 * kWarp) * kWarpgroupRows;
   const int32_t warp_row = thread_index() / kWarp * 16;
   const int32_t lane_row = warp_row + thread_index() % kWarp / 4;
@@ -123,8 +122,6 @@ ELLM_DEVICE void prefill_hopper_block(const AttentionArgs& args, const PrefillTa
     wait_copies<0>();
     publish_to_products();
     sync_block();  // the tile is there, and every warp is done with the stage to be filled
-    if (tile < tiles.last) load_stage<kHeadDim>(args, task, tile + 1, stage(tile + 1));
-    commit_copies();
 
     float scores[kHopperTile / 8][4];
     const uint64_t keys = describe_tile(shared_address(stage(tile)), Memory::kTileGroupBytes);
@@ -138,6 +135,9 @@ ELLM_DEVICE void prefill_hopper_block(const AttentionArgs& args, const PrefillTa
                      advance(keys, group * Memory::kTileGroupBytes + within), step > 0);
     }
     commit_products();
+    // Here, where the tensor cores have something to do meanwhile.
+    if (tile < tiles.last) load_stage<kHeadDim>(args, task, tile + 1, stage(tile + 1));
+    commit_copies();
     wait_products();
     settle(scores);
 
@@ -178,14 +178,15 @@ ELLM_KERNEL void ELLM_LAUNCH_BOUNDS(kHopperThreads, 1) prefill_hopper(const Atte
   char* shared = shared_memory();
   auto* next = reinterpret_cast<int32_t*>(shared + Memory::kNotes);
   WorkHeader* header = args.workspace.header;
-  const int32_t units = header->prefill_units * args.kv.kv_heads;
   int32_t unit = block_index();
-  while (unit < units) {
-    if (thread_index() == 0) *next = grid_blocks() + take(&header->prefill_taken);
+  while (unit < header->prefill_units * args.kv.kv_heads) {
+    // Asked for early and used late, so that nothing waits for the answer.
+    int32_t mine = 0;
+    if (thread_index() == 0) mine = grid_blocks() + take(&header->prefill_taken);
     prefill_hopper_block<E, kHeadDim>(args, prefill_task(args, unit), shared);
+    if (thread_index() == 0) *next = mine;
     sync_block();
     unit = *next;
-    sync_block();
   }
 }
 

@@ -2,6 +2,8 @@
 // that no sequence uses, and lists the work of the kernels that follow.
 #pragma once
 
+#include <cstring>
+
 #include "kernels/cuda/fragments.h"
 
 namespace ellm::cuda {
@@ -30,7 +32,8 @@ ELLM_DEVICE int32_t find_span(const DeviceStep& step, int32_t row) {
 // Units of work of one span, or of several together.
 struct Work {
   int32_t decode_rows = 0;
-  int32_t decode_units = 0;
+  int32_t long_units = 0;   // of decode rows, with parts of kLongPartTokens or more
+  int32_t short_units = 0;  // of the others
   int32_t prefill_units = 0;
 };
 
@@ -38,8 +41,9 @@ ELLM_HOST_DEVICE Work work_of(const SequenceSpan& span, int32_t window, int32_t 
                               int32_t block_tokens) {
   Work work;
   if (span.row_count == 1) {
+    const Parts parts = parts_of(span.context_tokens, window, most_parts);
     work.decode_rows = 1;
-    work.decode_units = parts_of(span.context_tokens, window, most_parts).count;
+    (parts.tokens >= kLongPartTokens ? work.long_units : work.short_units) = parts.count;
   } else {
     work.prefill_units = static_cast<int32_t>(ceil_div(span.row_count, block_tokens));
   }
@@ -70,47 +74,71 @@ ELLM_DEVICE int32_t sum_before(int32_t value, int32_t* shared, int32_t* all) {
   return before;
 }
 
-// Lists the work, with one block. Each thread takes neighbouring spans. Of a span's blocks the last
-// comes first: it sees most tokens.
+// Lists the work, with one block. Each thread takes neighbouring spans. Long units come first: the
+// long parts of all rows, and of a span's blocks the last, which sees most tokens.
 ELLM_DEVICE void list_work(const AttentionArgs& args) {
   const Workspace& space = args.workspace;
-  const int32_t window = args.layer_and_window[1];
+  const int32_t window = args.window[0];
   const int32_t block_tokens = tokens_per_block(kPrefillRows, args.group.value());
   const int32_t spans = args.step.num_spans();
   const int32_t share = (spans + kPrepareThreads - 1) / kPrepareThreads;
   const int32_t begin = at_most(spans, thread_index() * share);
   const int32_t end = at_most(spans, begin + share);
+  const auto work_of_span = [&](int32_t i) {
+    Work work = work_of(args.step.span(i), window, space.most_parts, block_tokens);
+    if (space.decodes_only()) work.prefill_units = 0;  // there is no room for them
+    return work;
+  };
 
   Work mine;
   for (int32_t i = begin; i < end; ++i) {
-    const Work work = work_of(args.step.span(i), window, space.most_parts, block_tokens);
+    const Work work = work_of_span(i);
     mine.decode_rows += work.decode_rows;
-    mine.decode_units += work.decode_units;
+    mine.long_units += work.long_units;
+    mine.short_units += work.short_units;
     mine.prefill_units += work.prefill_units;
   }
   auto* shared = reinterpret_cast<int32_t*>(shared_memory());
   Work all;
   Work at;
   at.decode_rows = sum_before(mine.decode_rows, shared, &all.decode_rows);
-  at.decode_units = sum_before(mine.decode_units, shared, &all.decode_units);
+  at.long_units = sum_before(mine.long_units, shared, &all.long_units);
+  at.short_units = all.long_units + sum_before(mine.short_units, shared, &all.short_units);
   at.prefill_units = sum_before(mine.prefill_units, shared, &all.prefill_units);
 
   for (int32_t i = begin; i < end; ++i) {
-    const Work work = work_of(args.step.span(i), window, space.most_parts, block_tokens);
+    const Work work = work_of_span(i);
     if (work.decode_rows != 0) space.decode_spans[at.decode_rows] = i;
-    for (int32_t part = 0; part < work.decode_units; ++part) {
-      space.decode_units[at.decode_units + part] = {at.decode_rows, part};
+    for (int32_t part = 0; part < work.long_units; ++part) {
+      space.decode_units[at.long_units + part] = {at.decode_rows, part};
+    }
+    for (int32_t part = 0; part < work.short_units; ++part) {
+      space.decode_units[at.short_units + part] = {at.decode_rows, part};
     }
     for (int32_t block = 0; block < work.prefill_units; ++block) {
       space.prefill_units[at.prefill_units + block] = {i, work.prefill_units - 1 - block};
     }
     at.decode_rows += work.decode_rows;
-    at.decode_units += work.decode_units;
+    at.long_units += work.long_units;
+    at.short_units += work.short_units;
     at.prefill_units += work.prefill_units;
   }
+  const int32_t arrivals = all.decode_rows * args.q_heads;
+  for (int32_t i = thread_index(); i < arrivals; i += kPrepareThreads) space.arrivals[i] = 0;
   if (thread_index() == 0) {
-    *space.header = {all.decode_rows, all.decode_units, all.prefill_units, 0, 0};
+    *space.header = {all.long_units + all.short_units, all.prefill_units, 0, 0};
   }
+}
+
+// Sets every byte of a row of the result: one block.
+template <class T>
+ELLM_DEVICE void fill_row(const AttentionArgs& args, int32_t row, int32_t byte) {
+  T value;
+  memset(&value, byte, sizeof value);
+  const int32_t vectors =
+      static_cast<int32_t>(args.q_heads * args.kv.row_bytes / int64_t{sizeof(T)});
+  T* out = static_cast<T*>(args.out) + int64_t{row} * vectors;
+  for (int32_t i = thread_index(); i < vectors; i += kPrepareThreads) out[i] = value;
 }
 
 // K and V of one row, or zeros for its result if no sequence uses it: one block.
@@ -118,14 +146,17 @@ template <class T>
 ELLM_DEVICE void prepare_row(const AttentionArgs& args, int32_t row) {
   const int32_t head_vectors = static_cast<int32_t>(args.kv.row_bytes / int64_t{sizeof(T)});
   if (row >= args.step.num_rows()) {
-    const int32_t vectors = args.q_heads * head_vectors;
-    T* out = static_cast<T*>(args.out) + int64_t{row} * vectors;
-    for (int32_t i = thread_index(); i < vectors; i += kPrepareThreads) out[i] = T{};
+    fill_row<T>(args, row, 0);
     return;
   }
   const SequenceSpan span = args.step.span(find_span(args.step, row));
+  // The host refuses such a step. If one gets here all the same, its rows are NaN, not whatever
+  // lay in the memory.
+  if (args.workspace.header != nullptr && args.workspace.decodes_only() && span.row_count > 1) {
+    fill_row<T>(args, row, 0xff);
+  }
   const int64_t token = args.kv.token(span.context_tokens + row - span.row_begin);
-  const int32_t layer = args.layer_and_window[0];
+  const int32_t layer = args.layer[0];
   const int32_t vectors = args.kv.kv_heads * head_vectors;
   const T* k = static_cast<const T*>(args.k) + int64_t{row} * vectors;
   const T* v = static_cast<const T*>(args.v) + int64_t{row} * vectors;

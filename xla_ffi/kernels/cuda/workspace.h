@@ -38,7 +38,6 @@ inline bool on_tensor_cores(const AttentionShape& shape) {
 // Counts of work, and which of it is taken. Blocks take the next unit when they are done with one;
 // what a unit yields does not depend on who takes it when.
 struct WorkHeader {
-  int32_t decode_rows;
   int32_t decode_units;  // without heads
   int32_t prefill_units;
   int32_t decode_taken;
@@ -59,7 +58,7 @@ struct PrefillUnit {
 
 // Softmax of a row over a part: maximum (to the base 2) and sum; the weighted V, unnormalised, lie
 // apart.
-struct PartStats {
+struct alignas(8) PartStats {
   float max;
   float sum;
 };
@@ -69,6 +68,7 @@ struct Workspace {
   WorkHeader* header = nullptr;
   int32_t* decode_spans = nullptr;       // [row_capacity]
   DecodeUnit* decode_units = nullptr;    // [row_capacity * parts_capacity]
+  int32_t* arrivals = nullptr;           // [row_capacity, q_heads]: parts done, by first head
   PrefillUnit* prefill_units = nullptr;  // [prefill_capacity]
   PartStats* stats = nullptr;            // [row_capacity, parts_capacity, q_heads]
   float* values = nullptr;               // [row_capacity, parts_capacity, q_heads, head_dim]
@@ -89,16 +89,23 @@ struct Workspace {
     row_capacity =
         static_cast<int32_t>(shape.rows < shape.sequences ? shape.rows : shape.sequences);
     parts_capacity = cuda::parts_capacity(shape.max_tokens, most_parts);
-    prefill_capacity = static_cast<int32_t>(shape.rows / block + shape.sequences);
+    const bool several_rows = shape.rows > shape.sequences;
+    prefill_capacity =
+        several_rows ? static_cast<int32_t>(shape.rows / block + shape.sequences) : 0;
 
     const int64_t parts = int64_t{row_capacity} * parts_capacity;
     place(base, 1, &header);
     place(base, row_capacity, &decode_spans);
     place(base, parts, &decode_units);
+    place(base, row_capacity * shape.q_heads, &arrivals);
     place(base, prefill_capacity, &prefill_units);
     place(base, parts * shape.q_heads, &stats);
     place(base, parts * shape.q_heads * shape.head_dim, &values);
   }
+
+  // Whether every sequence has to have one row: a step of no more rows than sequences is for
+  // decodes, and is launched without the prefill kernels.
+  ELLM_HOST_DEVICE bool decodes_only() const { return prefill_capacity == 0; }
 
  private:
   template <class T>
