@@ -74,7 +74,8 @@ def assemble(
     Raises:
         CheckpointError: the checkpoint is missing, damaged or not supported.
         DeviceError: there is no such device, or JAX was set up in another way before.
-        ValueError: `max_model_len` is more than the model can, or it cannot be divided so.
+        ValueError: `max_model_len` is more than the model can, or it cannot be divided so, or the
+            device has no quantised weights.
         MemoryError: `device_memory` does not hold the weights and the smallest step.
     """
     model_config = read_config(path)
@@ -90,19 +91,25 @@ def assemble(
     devices = open_devices(config.device, config.tensor_parallel)
     device: Device = devices[0] if len(devices) == 1 else DeviceGroup(devices)
     device.shards.check(model_config)
+    if config.quantization is not None and device.platform != "cpu":
+        raise ValueError(
+            f"quantization={config.quantization!r}: the {device.platform} backend takes weights "
+            "in float32 and bfloat16 only; leave quantization out, or use device='cpu'"
+        )
     limit_bytes = config.device_memory_bytes
     if limit_bytes is None:
         limit_bytes = device.default_limit_bytes()
     element_bytes = 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
     layout = device.choose_layout(model_config, element_bytes, max_model_len, config.max_num_seqs)
     pool = device.make_pool(layout.chunk_bytes, limit_bytes)
-    weights = weights_bytes(model_config, dtype, device.shards)
+    weights = weights_bytes(model_config, dtype, device.shards, config.quantization)
     try:
         pool.reserve("weights", weights)
     except OutOfMemory as error:
         raise MemoryError(
             f"device_memory is {format_bytes(limit_bytes)}, the weights alone take "
-            f"{format_bytes(weights)} in {dtype}; raise device_memory, or choose a smaller model"
+            f"{format_bytes(weights)} in {config.quantization or dtype}; raise device_memory, or "
+            "choose a smaller model"
         ) from error
     kv = device.make_kv(pool, layout)
     rules = POLICIES[config.policy](
@@ -125,6 +132,7 @@ def assemble(
             load_format=config.load_format,
             placement=backend.placement,
             shards=device.shards,
+            quantization=config.quantization,
         )[0]
 
     runner = Runner(

@@ -18,6 +18,9 @@ DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
 """Where weights come from."""
 
+QUANTIZATIONS = ("int8",)
+"""How weights may be held in less than the dtype of the computation."""
+
 _MAX_BYTES = 2**60
 POLICY_NAMES = ("elastic", "intra", "inter", "static-chunked", "static")
 """How memory is divided; see `ellm_jax.scheduler.policy`."""
@@ -83,6 +86,10 @@ class EngineConfig:
         load_format: "auto": weights from the checkpoint, in whichever format it has them; "dummy":
             random ones, made on the device from config.json alone, for measuring speed and memory.
         dtype: "float32" or "bfloat16"; None: the checkpoint's own, float16 becoming bfloat16.
+        quantization: "int8": the matrices of linear layers and of the output head are quantised
+            when they are loaded, each output with a scale of its own, and what they multiply is
+            quantised row by row as it comes; embeddings, norms and KV stay in `dtype`. About half
+            the bytes of bfloat16. On the CPU only. None: weights in `dtype`.
         max_model_len: most tokens of prompt and output together; None: the model's context.
         max_num_seqs: most requests that run at once; at most 4096.
         max_batch_tokens: most tokens of a step, at most 65536; longer prompts are prefilled in
@@ -111,6 +118,7 @@ class EngineConfig:
     device_memory: int | str | None = None
     load_format: str = "auto"
     dtype: str | None = None
+    quantization: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_batch_tokens: int | None = None
@@ -136,6 +144,11 @@ class EngineConfig:
             raise ValueError(
                 f"dtype={self.dtype!r}: the engine computes in {' or '.join(DTYPES)}; "
                 "leave it out to follow the checkpoint"
+            )
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise ValueError(
+                f"quantization={self.quantization!r}: there is {', '.join(QUANTIZATIONS)}; "
+                "leave it out for weights in dtype"
             )
         for name, most in _MAX_COUNTS.items():
             _check_count(name, getattr(self, name), most)

@@ -71,6 +71,7 @@ def _backends() -> Iterator[Finding]:
     names = ", ".join(f"{each.platform}:{each.id} {each.device_kind}" for each in jax.devices())
     yield Finding("backends", "jax devices", "ok", names)
     yield Finding("backends", "engines run on", "ok", device.platform)
+    yield Finding("backends", "cpu int8 kernels", "ok", _native.int8_isa())
     isa = _native.cpu_isa()
     slow = isa == "generic"
     yield Finding(

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from ellm_jax.models import llama, mistral, qwen2, qwen3
 from ellm_jax.models.config import ModelConfig, ModelConfigError, RopeConfig
-from ellm_jax.models.params import param_shapes
+from ellm_jax.models.params import held_params, param_shapes, scale_of
 from ellm_jax.models.tensors import Placement
 
 __all__ = [
@@ -20,7 +20,9 @@ __all__ = [
     "RopeConfig",
     "checkpoint_tensors",
     "config_from_hf",
+    "held_params",
     "param_shapes",
+    "scale_of",
 ]
 
 

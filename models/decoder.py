@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from ellm_jax.models.collectives import closed, embedded, scored
 from ellm_jax.models.config import ModelConfig
 from ellm_jax.models.ops import ModelOps
-from ellm_jax.models.params import param_shapes
+from ellm_jax.models.params import Held, held_params, scale_of
 from ellm_jax.models.rope import apply_rotation, rotation
 from ellm_jax.models.shards import CLOSING, WHOLE, Shards
 
@@ -31,21 +31,47 @@ _SCANNED = (
 )
 
 
-def _initial(name: str, shape: tuple[int, ...], dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Param:
+def _initial(name: str, held: Held, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Param:
+    if held.dtype is not None:
+        return nnx.Param(jnp.zeros(held.shape, held.dtype))
     if name.endswith("norm"):
-        return nnx.Param(jnp.ones(shape, dtype))
+        return nnx.Param(jnp.ones(held.shape, dtype))
     if name.endswith("bias"):
-        return nnx.Param(jnp.zeros(shape, dtype))
-    return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
+        return nnx.Param(jnp.zeros(held.shape, dtype))
+    return nnx.Param(0.02 * jax.random.normal(rngs.params(), held.shape, dtype))
+
+
+def _product(
+    ops: ModelOps,
+    owner: nnx.Module,
+    name: str,
+    x: jax.Array,
+    layer: jax.Array | None,
+    out_dtype: DTypeLike | None = None,
+) -> jax.Array:
+    """x times a matrix of `owner`, in whichever way it is held; one that is not stacked over layers
+    has no `layer`."""
+
+    def stacked(param: str) -> jax.Array:
+        array: jax.Array = getattr(owner, param)[...]
+        return array if layer is not None else array[None]
+
+    index = jnp.int32(0) if layer is None else layer
+    if hasattr(owner, scale_of(name)):
+        scale = stacked(scale_of(name))
+        return ops.linear_int8(x, stacked(name), scale, index, out_dtype)
+    return ops.linear(x, stacked(name), index, out_dtype)
 
 
 class Blocks(nnx.Module):
-    """The layers' parameters, each stacked over all layers; see `param_shapes`."""
+    """The layers' parameters, each stacked over all layers; see `held_params`."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        for name, shape in param_shapes(config).items():
+    def __init__(
+        self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs, quantization: str | None
+    ):
+        for name, held in held_params(config, quantization).items():
             if name.startswith("blocks."):
-                setattr(self, name.removeprefix("blocks."), _initial(name, shape, dtype, rngs))
+                setattr(self, name.removeprefix("blocks."), _initial(name, held, dtype, rngs))
 
 
 class Decoder(nnx.Module):
@@ -57,10 +83,11 @@ class Decoder(nnx.Module):
     Attributes:
         config: static; of the whole model.
         shards: static; how it is divided.
+        quantization: static; how its matrices are held, see `held_params`.
         embed: `[V, H]`.
         blocks: the layers, stacked.
         final_norm: `[H]`.
-        lm_head: `[V, H]`; absent where the embedding is tied.
+        lm_head: `[V, H]`; absent where the embedding is tied and not quantised.
     """
 
     def __init__(
@@ -70,21 +97,29 @@ class Decoder(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
         shards: Shards = WHOLE,
+        quantization: str | None = None,
     ):
         self.config = config
         self.shards = shards
-        for name, shape in param_shapes(config).items():
+        self.quantization = quantization
+        for name, held in held_params(config, quantization).items():
             if not name.startswith("blocks."):
-                setattr(self, name, _initial(name, shape, dtype, rngs))
-        self.blocks = Blocks(config, dtype=dtype, rngs=rngs)
+                setattr(self, name, _initial(name, held, dtype, rngs))
+        self.blocks = Blocks(config, dtype=dtype, rngs=rngs, quantization=quantization)
 
     @classmethod
     def from_params(
-        cls, config: ModelConfig, params: Mapping[str, jax.Array], shards: Shards = WHOLE
+        cls,
+        config: ModelConfig,
+        params: Mapping[str, jax.Array],
+        shards: Shards = WHOLE,
+        quantization: str | None = None,
     ) -> Decoder:
-        """A decoder of existing arrays: those of `param_shapes`, by dotted name. Divided, they are
+        """A decoder of existing arrays: those of `held_params`, by dotted name. Divided, they are
         of `Shards.joint_shape`: the parts of the devices behind each other."""
-        made = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), shards=shards))
+        made = nnx.eval_shape(
+            lambda: cls(config, rngs=nnx.Rngs(0), shards=shards, quantization=quantization)
+        )
         graph, state = nnx.split(made)
         filled = [
             (path, variable.replace(params[".".join(path)]))
@@ -121,7 +156,7 @@ class Decoder(nnx.Module):
 
             def linear(x: jax.Array, name: str) -> jax.Array:
                 def product(x: jax.Array) -> jax.Array:
-                    return ops.linear(x, getattr(blocks, name)[...], layer)
+                    return _product(ops, blocks, name, x, layer)
 
                 y = closed(shards, product, x) if name in CLOSING else product(x)
                 return y + this[f"{name}_bias"] if f"{name}_bias" in this else y
@@ -145,8 +180,8 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array, ops: ModelOps) -> jax.Array:
         """Scores of every token of the vocabulary: `[R, H]` in, `f32[R, V]` out."""
-        head = self.embed if self.config.tie_embeddings else self.lm_head
-        part = ops.linear(hidden, head[...][None], jnp.int32(0), jnp.float32)
+        head = "lm_head" if hasattr(self, "lm_head") else "embed"
+        part = _product(ops, self, head, hidden, None, jnp.float32)
         return scored(self.shards, part, self.config.vocab_size)
 
     def _split_heads(self, qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

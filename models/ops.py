@@ -36,6 +36,31 @@ class ModelOps(Protocol):
         """
         ...
 
+    def linear_int8(
+        self,
+        x: jax.Array,
+        weight: jax.Array,
+        scale: jax.Array,
+        layer: jax.Array,
+        out_dtype: DTypeLike | None = None,
+    ) -> jax.Array:
+        """`x @ (weight[layer] * scale[layer]).T`, each row of x quantised to int8 too.
+
+        A row x becomes `x_scale = max |x| / 127` and `q = x / x_scale`, rounded to even. The
+        products of int8 are summed exactly, then multiplied in float32 by `x_scale` and by `scale`.
+
+        Args:
+            x: `[T, K]`.
+            weight: `i8[L, N, K]`, all layers, in [-127, 127].
+            scale: `f32[L, N]`.
+            layer: `i32[]`.
+            out_dtype: of the result; None takes that of x.
+
+        Returns:
+            `[T, N]`.
+        """
+        ...
+
     def rms_norm(self, x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
         """Divide the last axis by its root mean square and multiply by `scale`, in float32.
 

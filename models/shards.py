@@ -26,10 +26,13 @@ _BY_OUTPUTS: Mapping[str, int] = MappingProxyType(
     {
         "embed": 0,
         "lm_head": 0,
+        "lm_head_scale": 0,
         "blocks.qkv": 1,
         "blocks.qkv_bias": 1,
+        "blocks.qkv_scale": 1,
         "blocks.gate_up": 1,
         "blocks.gate_up_bias": 1,
+        "blocks.gate_up_scale": 1,
     }
 )
 
@@ -87,8 +90,11 @@ class Shards:
         """Along which axis a parameter is divided; None where every device has all of it."""
         if self.count == 1:
             return None
-        if name.removeprefix("blocks.") in CLOSING:
+        kind = name.removeprefix("blocks.")
+        if kind in CLOSING:
             return 1 if self.exact else 2
+        if self.exact and kind.removesuffix("_scale") in CLOSING:
+            return 1
         return _BY_OUTPUTS.get(name)
 
     def part_shape(self, name: str, whole: Shape) -> Shape:

@@ -29,6 +29,24 @@ class XlaOps:
             preferred_element_type=jnp.float32,
         ).astype(x.dtype if out_dtype is None else out_dtype)
 
+    def linear_int8(
+        self,
+        x: jax.Array,
+        weight: jax.Array,
+        scale: jax.Array,
+        layer: jax.Array,
+        out_dtype: DTypeLike | None = None,
+    ) -> jax.Array:
+        """See `ModelOps.linear_int8`. Rows below 1e-30 all over count as zero."""
+        wide = x.astype(jnp.float32)
+        largest = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
+        x_scale = jnp.where(largest < 1e-30, 0, largest / 127)
+        steps = jnp.rint(wide / jnp.where(x_scale == 0, 1, x_scale))
+        values = jnp.where(x_scale == 0, 0, steps).astype(jnp.int8)
+        sums = jnp.einsum("tk,nk->tn", values, weight[layer], preferred_element_type=jnp.int32)
+        y = sums.astype(jnp.float32) * x_scale * scale[layer]
+        return y.astype(x.dtype if out_dtype is None else out_dtype)
+
     def rms_norm(self, x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
         """See `ModelOps.rms_norm`."""
         wide = x.astype(jnp.float32)

@@ -21,6 +21,7 @@ NAN, INF = float("nan"), float("inf")
         ("device_memory", 2**61, "above 1 EiB"),
         ("device_memory", "9" * 400 + "GiB", "above 1 EiB"),
         ("dtype", "int8", "float32 or bfloat16"),
+        ("quantization", "int9", "there is int8"),
         ("max_model_len", 0, "at least 1"),
         ("max_num_seqs", 0, "at least 1"),
         ("max_num_seqs", 4097, "at most 4096"),

@@ -300,10 +300,10 @@ class RecordingOps(XlaOps):
         self.weights: list[tuple[int, ...]] = []
         self.attended: list[tuple[tuple[int, ...], ...]] = []
 
-    def linear(self, x: jax.Array, weight: jax.Array, layer: jax.Array) -> jax.Array:
+    def linear(self, x: jax.Array, weight: jax.Array, layer: jax.Array, *out: Any) -> jax.Array:
         self.weights.append(weight.shape)
         assert layer.dtype == jnp.int32
-        return super().linear(x, weight, layer)
+        return super().linear(x, weight, layer, *out)
 
     def attend(self, q: Any, k: Any, v: Any, layer: Any, window: Any, cache: Any) -> Any:
         self.attended.append((q.shape, k.shape, v.shape, window.shape))

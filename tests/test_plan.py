@@ -9,7 +9,7 @@ import pytest
 from ellm_jax._native import KvCache, KvLayout, Pool
 from ellm_jax.bench.planning import Targets, forecast
 from ellm_jax.bench.traces import TraceRequest
-from ellm_jax.checkpoint import load_model, read_config
+from ellm_jax.checkpoint import load_model, read_config, weights_bytes
 from ellm_jax.cli import main
 from ellm_jax.runtime import ops
 from ellm_jax.runtime.runner import Runner
@@ -140,7 +140,7 @@ def test_a_derived_cost_reads_weights_once_and_multiplies_twice(tiny_checkpoint)
     config = read_config(tiny_checkpoint("llama"))
     cost = derived_cost(config, 10**9, 4, 1e12, 1e11, 1e10)
     assert cost.fixed_s == pytest.approx(0.01)
-    parameters = 10**9 / 4 - config.vocab_size * config.hidden_size
+    parameters = weights_bytes(config, "float32") / 4 - config.vocab_size * config.hidden_size
     assert cost.row_s == pytest.approx(2 * parameters / 1e12)
     token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
     assert cost.decode_pair_s > token_bytes / 1e11

@@ -307,6 +307,20 @@ def test_sums_over_divided_inputs(name, tiny_checkpoint, make_pair, monkeypatch)
         assert [entry.logprob for entry in entries] == pytest.approx(e.logprobs, abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama_bias_linear", "qwen2_tied"])
+def test_int8_weights_answer_as_on_one_device(name, tiny_checkpoint, make_engine, make_pair):
+    path = tiny_checkpoint(name)
+    prompts = [list(range(5, 5 + n)) for n in (3, 20, 70)]
+    params = greedy(12, logprobs=0)
+    answers = []
+    for make in (make_engine, make_pair):
+        engine = make(path, dtype="bfloat16", quantization="int8", max_batch_tokens=32)
+        outputs = engine.generate(prompts, params)
+        logprobs = [[entry.logprob for entry in o.outputs[0].logprobs] for o in outputs]
+        answers.append(([list(o.token_ids) for o in outputs], logprobs))
+    assert answers[0] == answers[1]
+
+
 def test_each_device_holds_its_part_and_no_more(tiny_checkpoint, make_engine, make_pair):
     path = tiny_checkpoint("llama")
     one, two = make_engine(path), make_pair(path)

@@ -336,6 +336,26 @@ def load_cuda_attention(
     no sense, or that the kernels do not take.
     """
 
+def quantize_int8(
+    x: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
+    values: npt.NDArray[np.int8],
+    scales: npt.NDArray[np.float32],
+) -> None:
+    """Rows of numbers to int8 values in [-127, 127] and a float32 scale each: `scale = max |x| /
+    127`, `value = x / scale` to the nearest, ties to even.
+
+    A row below 1e-30 all over becomes zeros with the scale 0; one with a NaN or an infinity, zeros
+    with the scale NaN.
+
+    Args:
+        x: `[N, K]`, row-major; uint16 is the bits of bfloat16.
+        values: `[N, K]`, written.
+        scales: `[N]`, written.
+    """
+
+def int8_isa() -> str:
+    """The instruction set of the int8 kernels in use."""
+
 def cpu_isa() -> str:
     """The instruction set of the kernels in use: "avx512", "avx2" or "generic"."""
 

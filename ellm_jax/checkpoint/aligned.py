@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,14 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     raw = np.empty(size_bytes + ALIGNMENT_BYTES, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT_BYTES
     return raw[start : start + size_bytes].view(dtype).reshape(shape)
+
+
+def blocks_of(name: str, shape: tuple[int, ...], by_layer: Collection[str]) -> list[range]:
+    """The layers that are read at a time into one array, of a part of this shape: all of them, or
+    each by itself. A parameter that is not stacked over layers is one block."""
+    if name not in by_layer or not name.startswith("blocks."):
+        return [range(shape[0])]
+    return [range(layer, layer + 1) for layer in range(shape[0])]
 
 
 def blank(param: NDArray[Any], axis: int | None, last: Piece) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ellm_jax.checkpoint.aligned import aligned_empty, blank
+from ellm_jax.checkpoint.aligned import aligned_empty, blank, blocks_of
 from ellm_jax.checkpoint.errors import CheckpointError, a_few
 from ellm_jax.checkpoint.progress import Advance
 from ellm_jax.checkpoint.safetensors_file import DTYPES, SafetensorsFile
@@ -29,9 +29,11 @@ def read_hf_params(
     dtype: np.dtype[Any],
     advance: Advance,
     shards: Shards = WHOLE,
+    by_layer: Collection[str] = (),
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     """Yield the parameters of `param_shapes` one by one, in `dtype`: of each the parts of all
-    devices, in their order. Only what a part holds is read for it.
+    devices, in their order. Only what a part holds is read for it. Of those in `by_layer` that are
+    stacked, each layer comes in an array of its own, `[1, ...]`.
 
     Every file is checked before the first byte of weights is read. Beyond the arrays it yields it
     holds one piece of `PIECE_BYTES`. `advance` is told bytes of the result.
@@ -48,14 +50,22 @@ def read_hf_params(
         for placement in placements:
             by_param[placement.param].append(placement)
         for name, shape in param_shapes(config).items():
+            part = shards.part_shape(name, shape)
             for index in range(shards.count):
-                param = aligned_empty(shards.part_shape(name, shape), dtype)
-                for piece in shards.pieces(name, config, shape, index):
-                    for placement in by_param[name]:
-                        _place(param, piece, placement, source[placement.name], advance)
-                advance(blank(param, shards.axis(name), piece))
-                yield name, param
-                del param  # not to hold two at once
+                for layers in blocks_of(name, part, by_layer):
+                    param = aligned_empty((len(layers), *part[1:]), dtype)
+                    for piece in shards.pieces(name, config, shape, index):
+                        for placement in by_param[name]:
+                            if placement.layer is None:
+                                block = param
+                            elif placement.layer in layers:
+                                block = param[placement.layer - layers.start]
+                            else:
+                                continue
+                            _place(block, piece, placement, source[placement.name], advance)
+                    advance(blank(param, shards.axis(name), piece))
+                    yield name, param
+                    del param  # not to hold two at once
 
 
 def _index(files: list[SafetensorsFile]) -> dict[str, SafetensorsFile]:
@@ -114,14 +124,14 @@ def _harmless(name: str, config: ModelConfig) -> bool:
 
 
 def _place(
-    param: NDArray[Any],
+    block: NDArray[Any],
     piece: Piece,
     placement: Placement,
     file: SafetensorsFile,
     advance: Advance,
 ) -> None:
-    """Read what a piece has of a tensor into its place in a device's part of the parameter."""
-    block = param if placement.layer is None else param[placement.layer]
+    """Read what a piece has of a tensor into its place in a layer of a device's part of the
+    parameter, or in the whole part where there are no layers."""
     if piece.axis == (0 if placement.layer is None else 1):
         begin = max(piece.begin, placement.row)
         end = min(piece.end, placement.row + placement.shape[0])

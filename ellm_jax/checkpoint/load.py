@@ -21,12 +21,14 @@ from ellm_jax.checkpoint.directory import (
 )
 from ellm_jax.checkpoint.errors import CheckpointError
 from ellm_jax.checkpoint.hf_weights import read_hf_params
+from ellm_jax.checkpoint.int8_weights import int8_names, int8_params
 from ellm_jax.checkpoint.orbax_weights import read_orbax_params
 from ellm_jax.checkpoint.progress import Advance, ProgressCallback, report
 from ellm_jax.checkpoint.random_weights import random_params
-from ellm_jax.models import ModelConfig, param_shapes
+from ellm_jax.models import ModelConfig, held_params
 from ellm_jax.models.collectives import each_device, mesh_of, param_sharding
 from ellm_jax.models.decoder import Decoder
+from ellm_jax.models.params import Shape
 from ellm_jax.models.shards import WHOLE, Shards
 
 COMPUTE_DTYPES: dict[str, np.dtype[Any]] = {
@@ -44,23 +46,27 @@ def load_model(
     load_format: str = "auto",
     placement: jax.sharding.Sharding | None = None,
     shards: Shards = WHOLE,
+    quantization: str | None = None,
 ) -> tuple[Decoder, ModelConfig]:
     """Load a Hugging Face or converted directory onto a device, or divided onto several.
 
     Host memory peaks at the weights plus a few MiB: bytes are read straight into the stacked
     parameters, which on the CPU backend become the JAX arrays without a copy. Where devices have
     memory of their own, it peaks at one device's part of the largest parameter. A device is given
-    its part alone, and only that is read for it.
+    its part alone, and only that is read for it. Matrices that are quantised are read a layer at a
+    time, so the peak is what the model then holds and one layer's largest matrix, or the embedding.
 
     Args:
         path: the directory.
         dtype: of the parameters; None takes `resolve_dtype`'s choice.
-        progress: True for a bar on stderr, or a callback of (bytes loaded, bytes in total).
+        progress: True for a bar on stderr, or a callback of (bytes loaded, bytes in total), in
+            `dtype`, as they are before they are quantised.
         load_format: "auto": the weights that are there; "dummy": random ones, for which the
             directory needs no more than config.json.
         placement: where the parameters go; None: JAX's default device. Divided, it is over the
             mesh of the devices.
         shards: how the model is divided.
+        quantization: how the matrices are held; see `held_params`.
 
     Raises:
         CheckpointError: if files are missing, damaged, or not what config.json describes.
@@ -71,26 +77,32 @@ def load_model(
     chosen = resolve_dtype(config, dtype)
     computed = COMPUTE_DTYPES[chosen]
     places = each_device(placement)
-    parts: dict[str, list[jax.Array]] = {name: [] for name in param_shapes(config)}
-    total_bytes = shards.count * weights_bytes(config, chosen, shards)
+    parts: dict[str, list[jax.Array]] = {name: [] for name in held_params(config, quantization)}
+    made = quantization if load_format == "dummy" else None
+    total_bytes = shards.count * weights_bytes(config, chosen, shards, made)
     with report(progress, "Loading weights", total_bytes) as advance:
         if load_format == "dummy":
-            for name, part in random_params(config, computed, places, shards):
+            for name, part in random_params(config, computed, places, shards, quantization):
                 parts[name].append(part.block_until_ready())
                 advance(part.nbytes)
         else:
-            for name, array in _read_params(folder, config, computed, advance, shards):
+            for name, array in _read_params(
+                folder, config, computed, advance, shards, quantization
+            ):
                 # Where the device has its own memory, wait: at most one part lies on the host.
                 place = places[len(parts[name])]
                 parts[name].append(jax.device_put(array, place).block_until_ready())
                 del array  # not to hold two at once
-    params = {name: _joined(name, config, shards, placement, parts[name]) for name in parts}
-    return Decoder.from_params(config, params, shards), config
+    params = {
+        name: _joined(name, held.shape, shards, placement, parts[name])
+        for name, held in held_params(config, quantization).items()
+    }
+    return Decoder.from_params(config, params, shards, quantization), config
 
 
 def _joined(
     name: str,
-    config: ModelConfig,
+    whole: Shape,
     shards: Shards,
     placement: jax.sharding.Sharding | None,
     parts: list[jax.Array],
@@ -99,19 +111,26 @@ def _joined(
     mesh = mesh_of(placement)
     if mesh is None:
         return parts[0]
-    shape = shards.joint_shape(name, param_shapes(config)[name])
     sharding = param_sharding(mesh, shards, name)
-    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+    return jax.make_array_from_single_device_arrays(
+        shards.joint_shape(name, whole), sharding, parts
+    )
 
 
 def weights_bytes(
-    model: str | Path | ModelConfig, dtype: str | None = None, shards: Shards = WHOLE
+    model: str | Path | ModelConfig,
+    dtype: str | None = None,
+    shards: Shards = WHOLE,
+    quantization: str | None = None,
 ) -> int:
     """Bytes of a model's parameters on each device, exactly, without loading them."""
     config = model if isinstance(model, ModelConfig) else read_config(model)
-    itemsize = COMPUTE_DTYPES[resolve_dtype(config, dtype)].itemsize
-    shapes = (shards.part_shape(name, shape) for name, shape in param_shapes(config).items())
-    return itemsize * sum(math.prod(shape) for shape in shapes)
+    computed = COMPUTE_DTYPES[resolve_dtype(config, dtype)]
+    return sum(
+        (computed if held.dtype is None else np.dtype(held.dtype)).itemsize
+        * math.prod(shards.part_shape(name, held.shape))
+        for name, held in held_params(config, quantization).items()
+    )
 
 
 def resolve_dtype(config: ModelConfig, dtype: str | None) -> str:
@@ -141,8 +160,16 @@ def resolve_dtype(config: ModelConfig, dtype: str | None) -> str:
 
 
 def _read_params(
-    folder: Path, config: ModelConfig, dtype: np.dtype[Any], advance: Advance, shards: Shards
+    folder: Path,
+    config: ModelConfig,
+    dtype: np.dtype[Any],
+    advance: Advance,
+    shards: Shards,
+    quantization: str | None,
 ) -> Iterator[tuple[str, NDArray[Any]]]:
+    by_layer = () if quantization is None else int8_names(config)
     if has_orbax_weights(folder):
-        return read_orbax_params(folder, config, dtype, advance, shards)
-    return read_hf_params(weight_files(folder), config, dtype, advance, shards)
+        params = read_orbax_params(folder, config, dtype, advance, shards, by_layer)
+    else:
+        params = read_hf_params(weight_files(folder), config, dtype, advance, shards, by_layer)
+    return params if quantization is None else int8_params(params, config, shards)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from numpy.typing import NDArray
 
-from ellm_jax.checkpoint.aligned import aligned_empty, blank
+from ellm_jax.checkpoint.aligned import aligned_empty, blank, blocks_of
 from ellm_jax.checkpoint.directory import ORBAX_FOLDER
 from ellm_jax.checkpoint.errors import CheckpointError, a_few
 from ellm_jax.checkpoint.progress import Advance
@@ -54,9 +54,11 @@ def read_orbax_params(
     dtype: np.dtype[Any],
     advance: Advance,
     shards: Shards = WHOLE,
+    by_layer: Collection[str] = (),
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     """Yield the parameters of `param_shapes` one by one, in `dtype`: of each the parts of all
-    devices, in their order.
+    devices, in their order. Of those in `by_layer` that are stacked, each layer comes in an array
+    of its own, `[1, ...]`.
 
     Raises:
         CheckpointError: if the checkpoint is damaged or not of this model.
@@ -74,14 +76,16 @@ def read_orbax_params(
                     f"{name} in {root} has shape {list(stored.shape)}; config.json asks for "
                     f"{list(shape)}. Convert the model again."
                 )
+        part = shards.part_shape(name, shape)
         for index in range(shards.count):
-            param = aligned_empty(shards.part_shape(name, shape), dtype)
-            with _named(name, root):
-                for piece in shards.pieces(name, config, shape, index):
-                    _fill(param, stored, piece, advance)
-            advance(blank(param, shards.axis(name), piece))
-            yield name, param
-            del param  # not to hold two at once
+            for layers in blocks_of(name, part, by_layer):
+                param = aligned_empty((len(layers), *part[1:]), dtype)
+                with _named(name, root):
+                    for piece in shards.pieces(name, config, shape, index):
+                        _fill(param, stored, piece, layers, advance)
+                advance(blank(param, shards.axis(name), piece))
+                yield name, param
+                del param  # not to hold two at once
 
 
 @contextlib.contextmanager
@@ -122,14 +126,18 @@ def _spec(root: Path, name: str) -> dict[str, Any]:
     return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
 
 
-def _fill(param: NDArray[Any], stored: Any, piece: Piece, advance: Advance) -> None:
-    """Copy a piece of the stored array block by block, as it was chunked, converting the dtype."""
+def _fill(param: NDArray[Any], stored: Any, piece: Piece, layers: range, advance: Advance) -> None:
+    """Copy a piece of the stored array block by block, as it was chunked, converting the dtype. Of
+    a stacked parameter only these layers."""
     source = stored if stored.dtype == param.dtype else ts.cast(stored, param.dtype)
     target = ts.array(param)
     steps = stored.chunk_layout.read_chunk.shape
     bounds = [(0, size) for size in stored.shape]
-    bounds[piece.axis] = (piece.begin, piece.end)
     shift = [0] * len(bounds)
+    if piece.axis > 0:  # Only what is stacked over layers is cut along another axis.
+        bounds[0] = (layers.start, layers.stop)
+        shift[0] = -layers.start
+    bounds[piece.axis] = (piece.begin, piece.end)
     shift[piece.axis] = piece.at - piece.begin
     starts = (
         range(begin - begin % step, end, step)

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from ellm_jax.config import DEVICES, LOAD_FORMATS, POLICY_NAMES, EngineConfig
+from ellm_jax.config import DEVICES, LOAD_FORMATS, POLICY_NAMES, QUANTIZATIONS, EngineConfig
 from ellm_jax.sampling import MIN_TEMPERATURE, SamplingParams
 
 _T = TypeVar("_T")
@@ -27,6 +27,7 @@ _METAVARS = {
     "device": "{" + ",".join(DEVICES) + "}",
     "load_format": "{" + ",".join(LOAD_FORMATS) + "}",
     "dtype": "{float32,bfloat16}",
+    "quantization": "{" + ",".join(QUANTIZATIONS) + "}",
     "policy": "{" + ",".join(POLICY_NAMES) + "}",
     "compilation_cache": "DIR",
 }

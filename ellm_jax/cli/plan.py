@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ellm_jax.bench.traces import TraceRequest, WorkloadError, at_rate
 from ellm_jax.cli import bench_options, options
 from ellm_jax.cli.console import Failure, plain_errors, reading, write_json
-from ellm_jax.config import DTYPES, format_bytes, parse_bytes
+from ellm_jax.config import DTYPES, QUANTIZATIONS, format_bytes, parse_bytes
 from ellm_jax.scheduler.policy import POLICIES
 
 if TYPE_CHECKING:
@@ -103,6 +103,9 @@ def _add_engine(group: Any) -> None:
         help=f"{', '.join(POLICIES)}; may be repeated (default: all)",
     )
     group.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    group.add_argument(
+        "--quantization", choices=QUANTIZATIONS, help="of the weights (default: none)"
+    )
     group.add_argument(
         "--max-model-len", type=whole, metavar="N", help="default: the model's context"
     )
@@ -202,11 +205,12 @@ def _world(args: argparse.Namespace) -> WorldConfig:
             "ask for that or less"
         )
     element_bytes = 2 if dtype == "bfloat16" else 4
-    weights = weights_bytes(model, dtype)
+    weights = weights_bytes(model, dtype, quantization=args.quantization)
     if weights >= args.device_memory:
         raise Failure(
-            f"the weights take {format_bytes(weights)} in {dtype}, and --device-memory is "
-            f"{format_bytes(args.device_memory)}; raise it, or choose a smaller model"
+            f"the weights take {format_bytes(weights)} in {args.quantization or dtype}, and "
+            f"--device-memory is {format_bytes(args.device_memory)}; raise it, or choose a smaller "
+            "model"
         )
     with plain_errors():
         layout = KvLayout.choose(

@@ -54,7 +54,7 @@ class Backend:
 
 def _native_bytes(config: ModelConfig, shape: StepShape) -> int:
     """The CPU kernels widen the rows of a bfloat16 matrix product to float32, one product at a
-    time."""
+    time. Rows that they quantise take less."""
     widest = max(config.hidden_size, config.intermediate_size, config.q_size)
     return 4 * shape.rows * (widest + 16)
 

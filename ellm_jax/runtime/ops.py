@@ -96,6 +96,35 @@ def linear(
     return out
 
 
+def linear_int8(
+    x: jax.Array,
+    weight: jax.Array,
+    scale: jax.Array,
+    layer: jax.Array,
+    rows: jax.Array,
+    out_dtype: DTypeLike,
+) -> jax.Array:
+    """`x[:rows] @ (weight[layer] * scale[layer]).T`, the rows quantised to int8 as
+    `ModelOps.linear_int8` says; the same bits on every instruction set.
+
+    Args:
+        x: `[T, K]`, float32 or bfloat16; K at most 65,536.
+        weight: `i8[L, N, K]`; only the layer asked for is read, and nothing is copied.
+        scale: `f32[L, N]`.
+        layer: `i32[]`.
+        rows: `i32[1]`, rows in use.
+        out_dtype: float32 or bfloat16.
+
+    Returns:
+        `[T, N]`, zero past `rows`; NaN in rows of x that are not finite.
+    """
+    call = jax.ffi.ffi_call(
+        "ellm_linear_int8", jax.ShapeDtypeStruct((x.shape[0], weight.shape[1]), out_dtype)
+    )
+    out: jax.Array = call(x, weight, scale, layer.reshape(1), rows)
+    return out
+
+
 def rms_norm(x: jax.Array, scale: jax.Array, rows: jax.Array, eps: float) -> jax.Array:
     """Divides the last axis by its root mean square and multiplies by `scale`, in float32.
 
@@ -140,6 +169,18 @@ class NativeOps:
     ) -> jax.Array:
         """See `ModelOps.linear`; rows past those in use are zero."""
         return linear(x, weight, layer, self._rows, x.dtype if out_dtype is None else out_dtype)
+
+    def linear_int8(
+        self,
+        x: jax.Array,
+        weight: jax.Array,
+        scale: jax.Array,
+        layer: jax.Array,
+        out_dtype: DTypeLike | None = None,
+    ) -> jax.Array:
+        """See `ModelOps.linear_int8`; rows past those in use are zero."""
+        dtype = x.dtype if out_dtype is None else out_dtype
+        return linear_int8(x, weight, scale, layer, self._rows, dtype)
 
     def rms_norm(self, x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
         """See `ModelOps.rms_norm`."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+from ellm_jax.models import param_shapes
 from ellm_jax.models.config import ModelConfig
 from ellm_jax.scheduler.cost import CostModel
 from ellm_jax.sim.steps import NeedModel
@@ -44,7 +47,7 @@ def derived_cost(
     context. Computing and reading are added up although they overlap, so that small prefills come
     out up to two times too slow; a measured cost is better.
     """
-    parameters = weights_bytes / element_bytes
+    parameters = sum(math.prod(shape) for shape in param_shapes(model).values())
     embedding = model.vocab_size * model.hidden_size
     token_bytes = 2 * model.num_layers * model.kv_size * element_bytes
     pair_flops = 4 * model.num_layers * model.q_size

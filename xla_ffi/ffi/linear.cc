@@ -4,6 +4,7 @@
 #include <cstring>
 #include <string>
 
+#include "ffi/element_type.h"
 #include "ffi/handlers.h"
 #include "ffi/thread_pool.h"
 #include "kernels/cpu/dispatch.h"
@@ -14,12 +15,6 @@ namespace ellm {
 namespace xf = xla::ffi;
 
 namespace {
-
-bool to_element_type(xf::DataType type, ElementType* out) {
-  if (type != xf::DataType::F32 && type != xf::DataType::BF16) return false;
-  *out = type == xf::DataType::F32 ? ElementType::kFloat32 : ElementType::kBFloat16;
-  return true;
-}
 
 // x [T, K], weight [L, N, K], layer s32[1], rows s32[1] -> out [T, N]; rows past `rows` are zero.
 xf::Error linear_impl(xf::ThreadPool pool, xf::AnyBuffer x, xf::AnyBuffer weight,

@@ -2,6 +2,7 @@
 #include <cstring>
 #include <string>
 
+#include "ffi/element_type.h"
 #include "ffi/handlers.h"
 #include "ffi/thread_pool.h"
 #include "kernels/cpu/dispatch.h"
@@ -40,18 +41,12 @@ xf::Error for_rows(xf::ThreadPool pool, xf::Buffer<xf::S32> used_tokens, int64_t
   return xf::Error::Success();
 }
 
-bool float_type(xf::DataType type, ElementType* out) {
-  if (type != xf::DataType::F32 && type != xf::DataType::BF16) return false;
-  *out = type == xf::DataType::F32 ? ElementType::kFloat32 : ElementType::kBFloat16;
-  return true;
-}
-
 // x [T, N] or [T, heads, N], scale [N], rows s32[1] -> like x.
 xf::Error rms_norm_impl(xf::ThreadPool pool, xf::AnyBuffer x, xf::AnyBuffer scale,
                         xf::Buffer<xf::S32> rows, xf::Result<xf::AnyBuffer> out, float eps) {
   const auto xd = x.dimensions();
   ElementType type;
-  if (!float_type(x.element_type(), &type) || scale.element_type() != x.element_type() ||
+  if (!to_element_type(x.element_type(), &type) || scale.element_type() != x.element_type() ||
       out->element_type() != x.element_type() || xd.size() < 2 || xd.size() > 3 ||
       scale.dimensions().size() != 1 || scale.dimensions()[0] != xd.back() ||
       out->element_count() != x.element_count()) {
@@ -74,7 +69,7 @@ xf::Error silu_mul_impl(xf::ThreadPool pool, xf::AnyBuffer x, xf::Buffer<xf::S32
   const auto xd = x.dimensions();
   const auto od = out->dimensions();
   ElementType type;
-  if (!float_type(x.element_type(), &type) || out->element_type() != x.element_type() ||
+  if (!to_element_type(x.element_type(), &type) || out->element_type() != x.element_type() ||
       xd.size() != 2 || od.size() != 2 || od[0] != xd[0] || xd[1] != 2 * od[1]) {
     return refuse("ellm_silu_mul: x [T, 2 N] and result [T, N] do not fit");
   }

@@ -5,11 +5,6 @@
 namespace ellm::ELLM_ISA {
 
 template <class T>
-static inline Vec load_up_to(const T* p, int64_t left) {
-  return left >= kLanes ? load(p) : load_part(p, left);
-}
-
-template <class T>
 static void rms_norm_typed(const T* x, const T* scale, T* out, int64_t rows, int64_t n, float eps) {
   for (int64_t r = 0; r < rows; ++r, x += n, out += n) {
     Vec squares = {};

@@ -15,6 +15,8 @@
 
 #if defined(__AVX512BF16__)
 #define ELLM_ISA avx512_bf16
+#elif defined(__AVX512VNNI__)
+#define ELLM_ISA avx512_vnni
 #elif defined(__AVX512F__)
 #define ELLM_ISA avx512
 #elif defined(__AVX2__)
@@ -69,13 +71,22 @@ static inline Vec load_part(const T* p, int64_t n) {
   return load(padded);
 }
 
+// The first `left` elements, up to all lanes, zeros behind them.
+template <class T>
+static inline Vec load_up_to(const T* p, int64_t left) {
+  return left >= kLanes ? load(p) : load_part(p, left);
+}
+
 static inline IVec lane_ids() {
   IVec v;
   for (int i = 0; i < kLanes; ++i) v[i] = i;
   return v;
 }
 
-static inline Vec select(IVec mask, Vec a, Vec b) { return mask ? a : b; }
+template <class V>
+static inline V select(IVec mask, V a, V b) {
+  return mask ? a : b;
+}
 // b where either is NaN.
 static inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
 static inline Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
@@ -111,8 +122,8 @@ static inline void store_part(T* p, Vec v, int64_t n) {
 }
 
 // v with lanes i and i ^ Stride exchanged.
-template <int Stride>
-static inline Vec exchange(Vec v) {
+template <int Stride, class V>
+static inline V exchange(V v) {
 #if defined(__AVX512F__)
   return __builtin_shufflevector(v, v, 0 ^ Stride, 1 ^ Stride, 2 ^ Stride, 3 ^ Stride, 4 ^ Stride,
                                  5 ^ Stride, 6 ^ Stride, 7 ^ Stride, 8 ^ Stride, 9 ^ Stride,
@@ -128,14 +139,14 @@ static inline Vec exchange(Vec v) {
 
 // Lane i: the sum over the lanes of vectors[i % Count], complete when Count == kLanes. Each sum
 // is taken by the butterfly tree of sum(): strides 1, 2, 4, ...
-template <int Count = kLanes>
-static inline Vec sum_each(const Vec* vectors) {
+template <int Count = kLanes, class V>
+static inline V sum_each(const V* vectors) {
   if constexpr (Count == 1) {
     return vectors[0];
   } else {
     constexpr int kStride = Count / 2;
-    const Vec a = sum_each<kStride>(vectors);
-    const Vec b = sum_each<kStride>(vectors + kStride);
+    const V a = sum_each<kStride>(vectors);
+    const V b = sum_each<kStride>(vectors + kStride);
     const IVec upper = (lane_ids() & kStride) != 0;
     return select(upper, b, a) + exchange<kStride>(select(upper, a, b));
   }
@@ -162,8 +173,8 @@ static inline void transpose(Vec* v) {
 }
 
 // The remaining strides of the tree: Stride, 2 * Stride, ...
-template <int Stride>
-static inline Vec sum_strides(Vec v) {
+template <int Stride, class V>
+static inline V sum_strides(V v) {
   if constexpr (Stride < kLanes) {
     return sum_strides<Stride * 2>(v + exchange<Stride>(v));
   } else {

@@ -1,0 +1,75 @@
+"""`ellm bench quality`: what quantised weights cost in quality, on a text."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from ellm_jax.cli import bench_options, options
+from ellm_jax.cli.console import Failure, plain_errors, reading, write_json
+
+_EXAMPLES = """\
+examples:
+  ellm bench quality --text book.txt --model ./my-model --quantization int8
+  ellm bench quality --text book.txt --quantization int8 --window 512 --json
+
+Reads the text twice, in windows: with the model's weights as they are, and quantised. Says the
+perplexity of both, and how far the log probabilities of the text's tokens are apart.
+"""
+
+
+def add_kind(kinds: Any) -> None:
+    """Adds the kind to the parser."""
+    parser = kinds.add_parser(
+        "quality",
+        help="what quantised weights cost in quality",
+        description="Compares perplexity and log probabilities on a text with those of the weights "
+        "as they are.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--text", metavar="FILE", required=True, help="UTF-8 text; - for standard input"
+    )
+    parser.add_argument(
+        "--window",
+        type=bench_options.positive,
+        metavar="N",
+        help="tokens that are read together (default: 1024, or as many as the model takes)",
+    )
+    parser.add_argument("--json", action="store_true", help="write the result as JSON")
+    options.add_model_option(parser)
+    options.add_engine_options(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from ellm_jax.bench import quality
+    from ellm_jax.engine import Engine
+
+    with plain_errors():
+        config = options.engine_config(args)
+    if config.quantization is None:
+        raise Failure("there is nothing to compare; give --quantization int8")
+    with reading(args.text) as file:
+        text = file.read()
+    readings = []
+    pieces: list[list[int]] = []
+    for quantization in (None, config.quantization):
+        ours = dataclasses.replace(config, quantization=quantization)
+        with plain_errors(), Engine.from_pretrained(args.model, ours) as engine:
+            if engine.tokenizer is None:
+                raise Failure("the model has no tokenizer.json, so no text can be read with it")
+            most = engine.max_model_len - 1  # a token is generated behind each window
+            pieces = quality.windows(engine.tokenizer.encode(text), min(args.window or 1024, most))
+            if not pieces:
+                raise Failure(f"{args.text} has fewer than two tokens; give a longer text")
+            readings.append(quality.read(engine, pieces))
+            dtype = engine.dtype
+    found = quality.compare(*readings)
+    if args.json:
+        write_json({"kind": "quality", "dtype": dtype, **dataclasses.asdict(found)})
+    else:
+        print(quality.quality_table(found, (dtype, str(config.quantization))))
+    return 0

@@ -1,0 +1,11 @@
+#include "kernels/cpu/int8_linear.inl"
+#include "kernels/cpu/int8_quantize.inl"
+
+namespace ellm::ELLM_ISA {
+
+const Int8Kernels& int8_table() {
+  static const Int8Kernels table = {"generic", int8_quantize, int8_linear};
+  return table;
+}
+
+}  // namespace ellm::ELLM_ISA
