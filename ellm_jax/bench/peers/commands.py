@@ -11,7 +11,8 @@ from pathlib import Path
 
 from ellm_jax.bench.peers.session import PeerError
 
-_SHOWN_LINES = 3
+_SHOWN_LINES = 2
+_NO_REASONS = ("[notice]", "Traceback (", "The above exception", "During handling")
 _SHOWN_CHARACTERS = 500
 
 
@@ -54,13 +55,15 @@ def run_logged(
 
 
 def _reason(log: Path, begin: int) -> str:
-    """The lines in which the output says what is wrong, or else its last ones."""
+    """The lines in which the output says what is wrong, or else its last ones; of a traceback only
+    the error."""
     with log.open("rb") as file:
         file.seek(begin)
-        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
-    lines = [line for line in lines if line and not line.startswith("[notice]")]
+        lines = file.read().decode(errors="replace").splitlines()
+    lines = [line.rstrip() for line in lines if line.strip() and not line.startswith(_NO_REASONS)]
     errors = [line for line in lines if line.startswith(("ERROR", "error:"))]
-    text = " | ".join((errors or lines)[-_SHOWN_LINES:])
+    whole = [line for line in lines if not line.startswith((" ", "\t"))]
+    text = " | ".join((errors or whole or lines)[-_SHOWN_LINES:])
     return text[-_SHOWN_CHARACTERS:] or "it failed without a word"
 
 

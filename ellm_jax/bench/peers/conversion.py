@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from ellm_jax.bench.peers.catalogue import CHILD, Peer
 from ellm_jax.bench.peers.commands import clean_environment, run_logged
@@ -58,6 +59,7 @@ def converted(
 def _fingerprint(model: Path, converter: Path) -> str:
     """Changes with the checkpoint's files and with how they are converted."""
     digest = hashlib.sha256(converter.read_bytes())
+    digest.update(Path(__file__).read_bytes())
     for path in sorted(model.iterdir()):
         if path.name == "config.json":
             digest.update(path.read_bytes())
@@ -80,7 +82,7 @@ def _write_source(model: Path, source: Path) -> None:
         if (model / name).is_file():
             (source / name).symlink_to((model / name).resolve())
     vocab_size = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    tokenizer = {
+    tokenizer: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -96,5 +98,6 @@ def _write_source(model: Path, source: Path) -> None:
         },
     }
     (source / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "t0"}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings |= dict.fromkeys(("unk_token", "bos_token", "eos_token"), "t0")
     (source / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")

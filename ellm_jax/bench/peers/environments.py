@@ -50,7 +50,11 @@ class Installer:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         home = self.folder / peer.name
-        wanted = {"python": self.python, "requirements": list(peer.requirements)}
+        wanted = {
+            "python": self.python,
+            "requirements": list(peer.requirements),
+            "removed": list(peer.removed),
+        }
         if not self.reinstall and _installed(home) == wanted:
             return home
         # What an interrupted installation left is no start to build on.
@@ -62,14 +66,14 @@ class Installer:
         index = []
         if peer.needs_torch and self.torch_index:
             index = ["--extra-index-url", self.torch_index]
-        pip = [str(python_of(home)), "-I", "-m", "pip", "install"]
-        pip += ["--no-input", "--disable-pip-version-check"]
+        pip = [str(python_of(home)), "-I", "-m", "pip"]
+        install = [*pip, "install", "--no-input", "--disable-pip-version-check", *index]
         run_logged(
-            [*pip, *index, *self.pip_args, *peer.requirements],
-            log,
-            env=env,
-            timeout_s=self.timeout_s,
+            [*install, *self.pip_args, *peer.requirements], log, env=env, timeout_s=self.timeout_s
         )
+        if peer.removed:
+            remove = [*pip, "uninstall", "--yes", *peer.removed]
+            run_logged(remove, log, env=env, timeout_s=self.timeout_s)
         (home / _DONE).write_text(json.dumps(wanted), encoding="utf-8")
         return home
 

@@ -55,6 +55,7 @@ def table(reported: Mapping[str, Any]) -> str:
     parts = []
     if ran:
         rows: list[Row] = [("version", _version), ("precision", lambda e: e["precision"] or _NONE)]
+        titles = {k: t for k, t in titles.items() if any(k in e["median"] for e in ran.values())}
         rows += [(title, _figure(key)) for key, title in titles.items()]
         parts.append(columns(rows, ran))
     others = {name: engine for name, engine in ran.items() if engine["ours_is_better_by"]}
