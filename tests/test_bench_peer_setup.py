@@ -48,7 +48,7 @@ def test_an_environment_is_installed_once(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", "/of/ours")
     asked = tmp_path / "asked"
-    peer = Peer("some", ("some>=1", "torch"), ("some",), FAKE, needs_torch=True)
+    peer = Peer("some", ("some>=1", "torch"), FAKE, needs_torch=True)
     installer = Installer(
         tmp_path / "venvs", str(interpreter), "https://torch.example", ("--pre",), timeout_s=20
     )
@@ -64,7 +64,7 @@ def test_an_environment_is_installed_once(
     assert len(asked.read_text().splitlines()) == 2
     # Other requirements, an installation that was cut off, and who asks for it: anew.
     (home / "left").touch()
-    other = Peer("some", ("some>=2",), ("some",), FAKE)
+    other = Peer("some", ("some>=2",), FAKE)
     installer.environment(other)
     assert not (home / "left").exists()
     assert asked.read_text().splitlines()[-1].endswith("--disable-pip-version-check --pre some>=2")
@@ -73,12 +73,12 @@ def test_an_environment_is_installed_once(
     again = Installer(tmp_path / "venvs", str(interpreter), reinstall=True, timeout_s=20)
     again.environment(other)
     assert len(asked.read_text().splitlines()) == 8
-    again.environment(Peer("some", ("some>=2",), ("some",), FAKE, removed=("more", "most")))
+    again.environment(Peer("some", ("some>=2",), FAKE, removed=("more", "most")))
     assert asked.read_text().splitlines()[-1] == "-I -m pip uninstall --yes more most"
 
 
 def test_what_cannot_be_installed_says_why(tmp_path: Path, interpreter: Path) -> None:
-    peer = Peer("some", ("nothing",), (), FAKE)
+    peer = Peer("some", ("nothing",), FAKE)
     (tmp_path / "broken").touch()
     installer = Installer(tmp_path / "venvs", str(interpreter), timeout_s=1.0)
     with pytest.raises(PeerError) as failed:
@@ -125,7 +125,7 @@ def test_a_checkpoint_is_converted_once(tmp_path: Path) -> None:
     folder = tmp_path / "converted"
 
     def convert(precision: str = "bfloat16", converter: Path | None = FAKE) -> Path | None:
-        peer = Peer("some", (), (), FAKE, converter)
+        peer = Peer("some", (), FAKE, converter)
         return converted(peer, environment, model, precision, folder, 30)
 
     assert convert(converter=None) is None

@@ -272,6 +272,26 @@ def test_whole_cores_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         choose_cores(6)
 
 
+def test_who_else_uses_the_cores_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stat = tmp_path / "stat"
+    monkeypatch.setattr(cores_module, "_STAT", stat)
+    lines = "cpu 9 9 9 9 9 9 9 9\ncpu0 {} 0 5 {} 2 0 0 {} 0 0\ncpu10 0 0 0 0 0 0 0 0 0 0\nintr 5\n"
+    stat.write_text(lines.format(10, 100, 0))
+
+    def later(_: float) -> None:
+        stat.write_text(lines.format(20, 160, 10))
+
+    monkeypatch.setattr(time, "sleep", later)
+    # Of 80 ticks, 10 of a user and 10 that the hypervisor took.
+    assert cores_module.busy_share([0, 10]) == pytest.approx(0.25)
+    assert cores_module.busy_share([7]) == 0.0
+    run = Run(1, figures={"ttft_ms": 5.0}, busy_before=0.62)
+    found = {OURS: EngineRuns({"x": "1"}, "bfloat16", [run])}
+    assert "kept 62% of these cores busy" in table(report(found, {"ttft_ms": "first token (ms)"}))
+    run.busy_before = 0.05
+    assert "busy" not in table(report(found, {"ttft_ms": "first token (ms)"}))
+
+
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Environments are this interpreter; of a peer called "absent" there is none. Names those that
@@ -290,7 +310,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Installer, "environment", environment)
     for name, converter in (("absent", None), ("fake", FAKE)):
-        monkeypatch.setitem(PEERS, name, Peer(name, (), (), FAKE, converter))
+        monkeypatch.setitem(PEERS, name, Peer(name, (), FAKE, converter))
     return asked
 
 

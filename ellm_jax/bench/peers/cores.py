@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 _THREAD_VARIABLES = (
@@ -12,6 +14,10 @@ _THREAD_VARIABLES = (
     "NUMEXPR_NUM_THREADS",
     "RAYON_NUM_THREADS",
 )
+_STAT = Path("/proc/stat")
+_IDLE_COLUMNS = (3, 4)
+"""Of a core's line in `_STAT`: idle, and idle with something to read from a disk."""
+
 _SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 
@@ -52,6 +58,28 @@ def _read_list(text: str) -> list[int]:
 def thread_variables(threads: int) -> dict[str, str]:
     """Environment variables that libraries take the number of threads from."""
     return dict.fromkeys(_THREAD_VARIABLES, str(threads))
+
+
+def busy_share(cores: Sequence[int], watch_s: float = 0.5) -> float:
+    """The share of these cores' time, from 0 to 1, that others take now; also what a hypervisor
+    takes. Watches for a while, in which this process should do nothing."""
+    before = _times(cores)
+    time.sleep(watch_s)
+    total, idle = (after - first for after, first in zip(_times(cores), before, strict=True))
+    return 1 - idle / total if total > 0 else 0.0
+
+
+def _times(cores: Sequence[int]) -> tuple[int, int]:
+    """Ticks since the machine started, all and idle ones, summed over cores."""
+    names = {f"cpu{core}" for core in cores}
+    total = idle = 0
+    for line in _STAT.read_text().splitlines():
+        name, *columns = line.split()
+        if name in names:
+            ticks = [int(column) for column in columns[:8]]
+            total += sum(ticks)
+            idle += sum(ticks[column] for column in _IDLE_COLUMNS)
+    return total, idle
 
 
 def cpu_name() -> str:

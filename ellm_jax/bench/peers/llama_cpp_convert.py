@@ -53,9 +53,11 @@ def convert(source: str, target: str, precision: str) -> None:
     import gguf
 
     config = json.loads((Path(source) / "config.json").read_text())
-    if config.get("model_type") != "llama" or (config.get("rope_scaling") or {}).get("factor"):
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if config.get("model_type") != "llama" or "factor" in rope:
         raise ValueError(
-            f"a {config.get('model_type')!r} model is not converted; plain Llama models are"
+            f"a {config.get('model_type')!r} model is not converted, nor one with a scaled rotary "
+            "embedding; plain Llama models are"
         )
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads", heads)
@@ -83,7 +85,7 @@ def _add_config(
     writer: Any, gguf: Any, config: dict[str, Any], heads: int, kv_heads: int, precision: str
 ) -> None:
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    rope = config.get("rope_parameters") or config
+    rope = {**config, **(config.get("rope_parameters") or {})}
     writer.add_file_type(getattr(gguf.LlamaFileType, _FILE_TYPES[precision]))
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from ellm_jax.bench.peers.comparison import EngineRuns, agreement, best_of, rati
 from ellm_jax.bench.tables import Row, columns
 
 _NONE = "-"
+_QUIET = 0.1
+"""A share of busy cores that does not disturb."""
 
 
 def report(found: Mapping[str, EngineRuns], titles: Mapping[str, str]) -> dict[str, Any]:
@@ -30,7 +33,12 @@ def report(found: Mapping[str, EngineRuns], titles: Mapping[str, str]) -> dict[s
                 "precision": engine.precision,
                 "median": engine.median,
                 "runs": [
-                    {"round": run.round, "beside": run.beside, "figures": run.figures}
+                    {
+                        "round": run.round,
+                        "beside": run.beside,
+                        "busy_before": run.busy_before,
+                        "figures": run.figures,
+                    }
                     for run in engine.runs
                 ],
                 "failures": engine.failures,
@@ -47,8 +55,8 @@ def report(found: Mapping[str, EngineRuns], titles: Mapping[str, str]) -> dict[s
 
 
 def table(reported: Mapping[str, Any]) -> str:
-    """The figures, a column for each engine that gave any; how many times better ours is; and what
-    failed."""
+    """The figures, a column for each engine that gave any; how many times better ours is; what
+    failed; and whether the machine was at rest."""
     engines = reported["engines"]
     ran = {name: engine for name, engine in engines.items() if engine["median"]}
     titles = reported["figures"]
@@ -78,6 +86,12 @@ def table(reported: Mapping[str, Any]) -> str:
     ]
     if failed:
         parts.append("\n".join(failed))
+    busy = [run["busy_before"] for engine in engines.values() for run in engine["runs"]]
+    if busy and statistics.median(busy) > _QUIET:
+        parts.append(
+            f"other processes kept {statistics.median(busy):.0%} of these cores busy: the figures "
+            "are low and uneven; measure again on a machine at rest"
+        )
     return "\n\n".join(parts)
 
 
