@@ -15,6 +15,7 @@ from ellm_jax.bench.peers.catalogue import CHILD, PEERS, Peer
 from ellm_jax.bench.peers.child import _import_file
 from ellm_jax.bench.peers.conversion import converted
 from ellm_jax.bench.peers.environments import Installer
+from ellm_jax.bench.peers.launching import Launches
 from ellm_jax.bench.peers.session import PeerError
 
 FAKE = Path(__file__).parent / "fake_peer.py"
@@ -146,6 +147,32 @@ def test_a_checkpoint_is_converted_once(tmp_path: Path) -> None:
     # Nothing half done is left, nor the copies that converters read.
     assert all(path.suffix in ("", ".log") for path in folder.iterdir())
     assert sum(path.is_dir() for path in folder.iterdir()) == 3
+
+
+def test_an_engine_sees_nothing_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/of/ours")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/of/ours/too")
+    launches = Launches([2, 5], tmp_path / "caches", {"precision": "int8"})
+    environment = tmp_path / "env"
+    (environment / "lib").mkdir(parents=True)
+    peer = Peer("some", (), FAKE, preload="lib/first.so")
+    launch = launches.peer(peer, environment, tmp_path / "made")
+    assert launch.command == (
+        *(str(environment / "bin" / "python"), "-I", str(CHILD), "serve", str(FAKE), "2,5"),
+    )
+    assert launch.settings == {"precision": "int8", "converted": str(tmp_path / "made")}
+    assert launch.env["OMP_NUM_THREADS"] == "2"
+    assert launch.env["XDG_CACHE_HOME"] == str(tmp_path / "caches" / "some")
+    assert launch.env["PATH"].startswith(f"{environment / 'bin'}:")
+    assert not {"PYTHONPATH", "JAX_COMPILATION_CACHE_DIR", "LD_PRELOAD"} & launch.env.keys()
+    (environment / "lib" / "first.so").touch()
+    first = launches.peer(peer, environment, None).env["LD_PRELOAD"]
+    assert first == str(environment / "lib" / "first.so")
+    ours = launches.ours()
+    assert ours.command[:2] == (sys.executable, "-P")
+    assert ours.env["PYTHONPATH"] == "/of/ours"
+    assert "JAX_COMPILATION_CACHE_DIR" not in ours.env
+    assert ours.settings["converted"] is None
 
 
 def test_drivers_are_read_without_their_engines() -> None:

@@ -33,6 +33,7 @@ class Peer:
         converter: file that makes its own format of a Hugging Face directory; None: it reads that.
         needs_torch: a CPU build of torch is looked for, in the index given for that.
         removed: packages that come with it and that text models run better without.
+        preload: of its environment, a library that it wants to be loaded before all others.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Peer:
     converter: Path | None = None
     needs_torch: bool = False
     removed: tuple[str, ...] = ()
+    preload: str = ""
 
 
 PEERS = {
@@ -60,6 +62,7 @@ PEERS = {
             _HERE / "vllm_cpu.py",
             needs_torch=True,
             removed=_FOR_PICTURES,
+            preload="lib/libiomp5.so",
         ),
         Peer(
             "llama-cpp-python",

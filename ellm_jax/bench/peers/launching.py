@@ -45,6 +45,9 @@ class Launches:
         env = clean_environment()
         # Compilers and tools that were installed with it.
         env["PATH"] = f"{environment / 'bin'}{os.pathsep}{env.get('PATH', '')}"
+        library = environment / peer.preload
+        if peer.preload and library.is_file():
+            env["LD_PRELOAD"] = str(library)
         return self._launch(peer.name, command, env, converted)
 
     def _launch(

@@ -15,6 +15,8 @@ class _Model:
     def __init__(self, settings: dict[str, Any]):
         cores = sorted(os.sched_getaffinity(0))
         kv_gib = -(-settings["kv_bytes"] // _GIB)
+        # It binds a thread to each core, and keeps torch at one beside them unless it is told more.
+        os.environ.pop("OMP_NUM_THREADS", None)
         # Read when vLLM is imported.
         os.environ |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
