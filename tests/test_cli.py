@@ -46,6 +46,7 @@ def test_every_command_has_help_with_examples(capsys: pytest.CaptureFixture[str]
         ["batch"],
         ["bench"],
         ["bench", "offline"],
+        ["bench", "peers"],
         ["bench", "quality"],
         ["bench", "workload"],
         ["convert"],

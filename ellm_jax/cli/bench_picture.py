@@ -25,8 +25,8 @@ def add_kind(kinds: Any) -> None:
     parser = kinds.add_parser(
         "picture",
         help="draw saved results",
-        description="Draws results that were saved with --save: policies side by side as bars, or "
-        "with --memory the memory of one policy by owner over time.",
+        description="Draws results that were saved with --save: policies or engines side by side "
+        "as bars, or with --memory the memory of one policy by owner over time.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -46,7 +46,8 @@ def _run(args: argparse.Namespace) -> int:
     results = [_read(name) for name in args.results]
     try:
         if args.memory is None:
-            draw_bars(figures_of(results), args.output, args.title or "Policies side by side")
+            sides = "Engines" if results[0].get("kind") == "peers" else "Policies"
+            draw_bars(figures_of(results), args.output, args.title or f"{sides} side by side")
         else:
             timeline = _timeline(args.results, results, args.memory)
             draw_memory(timeline, args.output, args.title or f"Memory by owner, {args.memory}")
