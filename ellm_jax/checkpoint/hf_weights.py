@@ -56,13 +56,11 @@ def read_hf_params(
                     param = aligned_empty((len(layers), *part[1:]), dtype)
                     for piece in shards.pieces(name, config, shape, index):
                         for placement in by_param[name]:
-                            if placement.layer is None:
-                                block = param
-                            elif placement.layer in layers:
-                                block = param[placement.layer - layers.start]
-                            else:
+                            layer = placement.layer
+                            if layer is not None and layer not in layers:
                                 continue
-                            _place(block, piece, placement, source[placement.name], advance)
+                            at = slice(None) if layer is None else layer - layers.start
+                            _place(param[at], piece, placement, source[placement.name], advance)
                     advance(blank(param, shards.axis(name), piece))
                     yield name, param
                     del param  # not to hold two at once
