@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from engine_requests import greedy, random_requests
+from engine_requests import check_that_failed_steps_are_run_again, greedy, random_requests
 
 from ellm_jax import EngineClosed, EngineConfig
 from ellm_jax.engine import Engine
@@ -127,25 +127,8 @@ def test_mapping_that_always_fails_ends_the_request_with_the_reason(
 
 
 def test_steps_that_fail_are_run_again(tiny_checkpoint, make_engine, monkeypatch):
-    """A step that reads past its slot's mapping fails on the device; its requests start anew."""
-    path = tiny_checkpoint("llama", context=1024)
-    requests = random_requests(9, 5, prompt=(30, 120), output=(30, 60))
-    prompts, params = [p for p, _ in requests], [greedy(n) for _, n in requests]
-    engine = make_engine(path)
-    expected = [o.token_ids for o in engine.generate(prompts, params)]
-    runner = engine._loop.executor._runner
-    dispatch = runner.dispatch
-    for failing in (0, 3, 20):
-        calls = iter(range(10**9))
-
-        def sometimes(key, spans, *args, calls=calls, failing=failing):
-            if next(calls) == failing:
-                spans = [span._replace(context_tokens=1 << 20) for span in spans]
-            return dispatch(key, spans, *args)
-
-        monkeypatch.setattr(runner, "dispatch", sometimes)
-        outputs = engine.generate(prompts, params)
-        assert [o.token_ids for o in outputs] == expected, f"step {failing} failed"
+    engine = make_engine(tiny_checkpoint("llama", context=1024))
+    check_that_failed_steps_are_run_again(engine, monkeypatch)
 
 
 class Kernels:
