@@ -164,6 +164,37 @@ def test_policies_side_by_side() -> None:
     assert "at 10 requests/s" in text
 
 
+def test_no_rate_above_one_that_was_missed() -> None:
+    prefill_s = {"slow": 0.1, "fast": 0.001}
+    question = Question(
+        # Eight at once: the slow one's last waits 0.8 s, the fast one's 8 ms.
+        Load([TraceRequest(0.0, 4, 1)], duration_s=0.01, min_requests=8, poisson=True),
+        rates=(400.0, 200.0, 800.0),
+        stop_at_miss=True,
+        sweep=False,
+        ttft_ms=250.0,
+        tpot_ms=1e6,
+        repeats=2,
+    )
+    report = measure_online(lambda p: StubEngine(prefill_s[p], 0.001), list(prefill_s), question)
+    assert [[r.rate_per_s for r in run.rates] for run in report.runs["slow"]] == [[200.0]] * 2
+    assert [[r.rate_per_s for r in run.rates] for run in report.runs["fast"]] == [
+        [200.0, 400.0, 800.0]
+    ] * 2
+    medians = report.medians()
+    assert (medians["slow"]["goodput_per_s"], medians["fast"]["goodput_per_s"]) == (0.0, 800.0)
+    assert {rate: m["rounds"] for rate, m in medians["fast"]["rates"].items()} == {
+        "200": 2,
+        "400": 2,
+        "800": 2,
+    }
+    blocks = online_table(report).split("\n\n")
+    assert "slow" in blocks[2]
+    assert "at 200 requests/s" in blocks[2]
+    assert "slow" not in blocks[3]
+    assert "at 400 requests/s" in blocks[3]
+
+
 def test_requests_that_are_too_long_are_told() -> None:
     question = Question(Load([TraceRequest(0.0, 5000, 2)], 1.0, 1, poisson=True))
     with pytest.raises(WorkloadError, match="max_model_len is 4096"):

@@ -24,6 +24,8 @@ class Question:
     Attributes:
         load: what arrives.
         rates: requests per second to measure at, each to its end.
+        stop_at_miss: go through the rates from the lowest, and leave out those above one at which
+            a policy misses the attainment asked for; it is of no use to see it fail worse.
         sweep: look for the goodput, the highest rate with the attainment asked for.
         factor: targets are so many times the uncontended latencies.
         ttft_ms, tpot_ms: targets that stand instead.
@@ -35,6 +37,7 @@ class Question:
 
     load: Load
     rates: Sequence[float] = ()
+    stop_at_miss: bool = False
     sweep: bool = True
     factor: float = FACTOR
     ttft_ms: float | None = None
@@ -59,13 +62,6 @@ class OnlineRun:
     tried: list[RateResult] = field(default_factory=list)
     goodput_per_s: float = 0.0
 
-    def figures(self) -> dict[str, Any]:
-        """What is worth a median."""
-        return {
-            "goodput_per_s": self.goodput_per_s,
-            "rates": {f"{r.rate_per_s:g}": dataclasses.asdict(r) for r in self.rates},
-        }
-
 
 @dataclass(frozen=True)
 class OnlineReport:
@@ -82,10 +78,9 @@ class OnlineReport:
     runs: dict[str, list[OnlineRun]]
 
     def medians(self) -> dict[str, dict[str, Any]]:
-        """Each figure's median over the rounds, by policy."""
-        return {
-            policy: median_of([run.figures() for run in runs]) for policy, runs in self.runs.items()
-        }
+        """Each figure's median over the rounds, by policy; of a rate that a policy did not come to
+        in every round, over those in which it did (`rounds`)."""
+        return {policy: _median(runs) for policy, runs in self.runs.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -175,13 +170,29 @@ def _run(
         run.tried.append(measured(rate, question.attainment))
         return run.tried[-1].attainment >= question.attainment
 
-    for rate in question.rates:
+    for rate in sorted(question.rates) if question.stop_at_miss else question.rates:
         run.rates.append(measured(rate, None))
         if run.rates[-1].attainment >= question.attainment:
             run.goodput_per_s = max(run.goodput_per_s, rate)
+        elif question.stop_at_miss:
+            break
     if question.sweep:
         run.goodput_per_s = highest_rate(sustains, first, question.tolerance)
     return run
+
+
+def _median(runs: Sequence[OnlineRun]) -> dict[str, Any]:
+    at_rate: dict[float, list[dict[str, Any]]] = {}
+    for run in runs:
+        for result in run.rates:
+            at_rate.setdefault(result.rate_per_s, []).append(dataclasses.asdict(result))
+    return {
+        "goodput_per_s": statistics.median(run.goodput_per_s for run in runs),
+        "rates": {
+            f"{rate:g}": {**median_of(found), "rounds": len(found)}
+            for rate, found in at_rate.items()
+        },
+    }
 
 
 def online_table(report: OnlineReport) -> str:
@@ -195,13 +206,17 @@ def online_table(report: OnlineReport) -> str:
         f"targets in ms: TTFT {classes}; TPOT {report.targets.tpot_ms:.1f}",
         columns([goodput], medians),
     ]
-    for rate in next(iter(medians.values()))["rates"]:
-        at_rate = {policy: median["rates"][rate] for policy, median in medians.items()}
+    # The rates in the order of whoever came to most of them.
+    for rate in max((median["rates"] for median in medians.values()), key=len):
+        at_rate = {
+            p: median["rates"][rate] for p, median in medians.items() if rate in median["rates"]
+        }
         blocks.append(f"at {rate} requests/s\n{columns(_ROWS, at_rate)}")
     return "\n\n".join(blocks)
 
 
 _ROWS: list[Row] = [
+    ("rounds", lambda r: str(r["rounds"])),
     ("attainment", lambda r: f"{r['attainment']:.1%}"),
     ("completed", lambda r: f"{r['completed']:g}/{r['requests']:g}"),
     *LATENCY_ROWS,

@@ -50,6 +50,11 @@ def add_kind(kinds: Any) -> None:
         help="measure at so many requests per second; may be repeated",
     )
     parser.add_argument(
+        "--stop-at-miss",
+        action="store_true",
+        help="take the rates from the lowest up, and none above one that a policy misses",
+    )
+    parser.add_argument(
         "--sweep", action="store_true", help="look for the goodput beside given rates too"
     )
     parser.add_argument(
@@ -103,6 +108,7 @@ def _run(args: argparse.Namespace) -> int:
     question = Question(
         Load(requests, args.duration, args.min_requests, args.arrivals == "poisson"),
         rates=args.rate or (),
+        stop_at_miss=args.stop_at_miss,
         sweep=args.sweep or not args.rate,
         factor=args.slo_factor,
         ttft_ms=config.ttft_ms,
