@@ -20,6 +20,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+LONGEST = ("test_tensor_parallel.py", "test_int8.py", "test_engine.py", "test_elastic.py")
+"""Files that take minutes come first, so that no process is left alone with one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        return LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(request: pytest.FixtureRequest) -> None:
     """Compiled steps are kept between tests and runs: most of a test's time would be theirs."""
