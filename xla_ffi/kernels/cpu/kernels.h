@@ -48,19 +48,20 @@ struct AttentionArgs {
   int64_t part_tokens;  // the online softmax starts afresh every part_tokens
 };
 
-// Rows [token_begin, token_end) of a sequence with one KV head, over the parts
+// Rows [token_begin, token_end) of a sequence with some of the KV heads, over the parts
 // [part_begin, part_end) of its context.
 struct AttentionUnit {
   SequenceSpan span;
-  int64_t kv_head;
+  int64_t head_begin;  // KV heads
+  int64_t head_end;
   int64_t token_begin;  // relative to the span
   int64_t token_end;
   int64_t part_begin;
   int64_t part_end;
 };
 
-// Online-softmax state of `rows` query rows: maximum (to the base 2), sum, and the weighted V,
-// unnormalised.
+// Online-softmax state of `rows` query rows, by KV head, token and query head of the group: maximum
+// (to the base 2), sum, and the weighted V, unnormalised.
 struct SoftmaxState {
   float* max;  // [rows]
   float* sum;  // [rows]
@@ -77,7 +78,7 @@ struct Kernels {
                    float* out);
   // Columns [n_begin, n_end) of `out`.
   void (*linear)(const LinearArgs& args, int64_t n_begin, int64_t n_end);
-  // Floats of scratch that `attend` needs for a unit of `rows` = tokens * q_heads / kv_heads.
+  // Floats of scratch that `attend` needs for a unit of `rows` = KV heads * tokens * group.
   int64_t (*attend_scratch_floats)(const AttentionArgs& args, int64_t rows);
   // Attends `unit`. With `partial` null the result goes to args.out; otherwise the state of each
   // part goes to partial[part - part_begin] and nothing is written to args.out.

@@ -31,24 +31,34 @@ static inline Vec load_words(const T* row, int64_t i, int64_t n) {
 // Where the rows of a block's tokens begin; null where there is no token or none that is seen.
 template <class T>
 struct BlockRows {
+  // The rows of a tile follow each other: a run.
+  struct Run {
+    const T* begin;
+    const T* end;
+  };
+  static constexpr int64_t kMaxRuns = kBlock / 8 + 1;  // Tiles are of 8 tokens or more.
+
   const T* k[kBlock];
   const T* v[kBlock];
+  Run runs[2][kMaxRuns];  // of K, of V
+  int64_t num_runs;
 };
 
-// Tokens [low, high) of the block that begins at token `begin`.
+// Tokens [low, high) of the block of a KV head that begins at token `begin`.
 template <class T>
-static inline void find_rows(const AttentionArgs& a, const AttentionUnit& u, int64_t begin,
-                             int64_t low, int64_t high, BlockRows<T>* rows) {
-  const char* slot = a.kv_base + u.span.slot * a.kv.slot_bytes;
+static inline void find_rows(const AttentionArgs& a, int64_t slot_index, int64_t head,
+                             int64_t begin, int64_t low, int64_t high, BlockRows<T>* rows) {
+  const char* slot = a.kv_base + slot_index * a.kv.slot_bytes;
   const int64_t dim = a.kv.head_dim;
+  rows->num_runs = 0;
   for (int64_t j = 0; j < low; ++j) rows->k[j] = rows->v[j] = nullptr;
   for (int64_t j = low; j < high;) {
     const int64_t in_tile = a.kv.tile_tokens - (begin + j) % a.kv.tile_tokens;
     const int64_t stop = min_of(high, j + in_tile);
-    const T* k =
-        reinterpret_cast<const T*>(slot + a.kv.offset_bytes(a.layer, 0, u.kv_head, begin + j));
-    const T* v =
-        reinterpret_cast<const T*>(slot + a.kv.offset_bytes(a.layer, 1, u.kv_head, begin + j));
+    const T* k = reinterpret_cast<const T*>(slot + a.kv.offset_bytes(a.layer, 0, head, begin + j));
+    const T* v = reinterpret_cast<const T*>(slot + a.kv.offset_bytes(a.layer, 1, head, begin + j));
+    rows->runs[0][rows->num_runs] = {k, k + (stop - j) * dim};
+    rows->runs[1][rows->num_runs++] = {v, v + (stop - j) * dim};
     for (; j < stop; ++j, k += dim, v += dim) {
       rows->k[j] = k;
       rows->v[j] = v;
@@ -57,16 +67,55 @@ static inline void find_rows(const AttentionArgs& a, const AttentionUnit& u, int
   for (int64_t j = max_of(low, high); j < kBlock; ++j) rows->k[j] = rows->v[j] = nullptr;
 }
 
-// Asks for the row of the next block that lies where `row`, of n elements from i on, is now. Spread
-// over the packing of this block, the requests never queue up. A null row is harmless.
+// Asks for the lines of a block, K first, while the block before it is worked on. A core waits for
+// a limited number of lines at a time: asked for a few at each step of all of the work, they never
+// queue up, and memory never rests.
 template <class T>
-static inline void prefetch_part(const T* row, int64_t i, int64_t n) {
-  constexpr uintptr_t kLineBytes = 64;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(row) + i * sizeof(T);
-  for (uintptr_t at = begin; at < begin + n * sizeof(T); at += kLineBytes) {
-    __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 3);
+class Ahead {
+ public:
+  explicit Ahead(const BlockRows<T>& rows) : rows_(rows) { go_on(); }
+
+  // Lines of the block, nearly.
+  int64_t lines() const {
+    int64_t elements = 0;
+    for (int64_t i = 0; i < rows_.num_runs; ++i) {
+      elements += rows_.runs[0][i].end - rows_.runs[0][i].begin;
+    }
+    return (2 * elements * static_cast<int64_t>(sizeof(T)) + int64_t{kLineBytes} - 1) /
+           int64_t{kLineBytes};
   }
-}
+
+  void ask(int64_t lines) {
+    for (; lines > 0; --lines) {
+      __builtin_prefetch(reinterpret_cast<const void*>(at_), 0, 3);
+      at_ += step_;
+      if (at_ >= end_) go_on();
+    }
+  }
+
+ private:
+  static constexpr uintptr_t kLineBytes = 64;
+
+  void go_on() {
+    if (run_ == 2 * rows_.num_runs) {  // Nothing is left: from now on a line that is at hand.
+      at_ = reinterpret_cast<uintptr_t>(&rows_);
+      end_ = UINTPTR_MAX;
+      step_ = 0;
+      return;
+    }
+    const bool v = run_ >= rows_.num_runs;
+    const auto& run = rows_.runs[v][v ? run_ - rows_.num_runs : run_];
+    at_ = reinterpret_cast<uintptr_t>(run.begin);
+    end_ = reinterpret_cast<uintptr_t>(run.end);
+    ++run_;
+  }
+
+  const BlockRows<T>& rows_;
+  int64_t run_ = 0;  // the next one
+  uintptr_t at_ = 0;
+  uintptr_t end_ = 0;
+  uintptr_t step_ = kLineBytes;
+};
 
 // The kLanes words that begin at row, all of them elements of it.
 template <class Arithmetic, class T>
@@ -78,25 +127,35 @@ static inline Vec whole_words(const T* row) {
   }
 }
 
-// to[i, j] = word i of K of token j; zeros where there is no token. Asks for the rows `next`.
+// to[i, n] = word i of load_row(n), for kLanes words and rows.
+template <class LoadRow>
+static inline void pack_square(const LoadRow& load_row, float* to) {
+  Vec words[kLanes];
+  for (int n = 0; n < kLanes; ++n) words[n] = load_row(n);
+  transpose(words);
+  for (int n = 0; n < kLanes; ++n) store(to + n * kBlock, words[n]);
+}
+
+// to[i, j] = word i of K of token j; zeros where there is no token. Asks for `lines` lines.
 template <class Arithmetic, class T>
-static void pack_k(const T* const* rows, const T* const* next, int64_t dim, float* to) {
+static void pack_k(const T* const* rows, Ahead<T>* ahead, int64_t lines, int64_t dim, float* to) {
   constexpr int64_t kWidth = kLanes * Arithmetic::kPerWord;
+  const int64_t squares = kBlock / kLanes * ((dim + kWidth - 1) / kWidth);
+  const int64_t lines_each = (lines + squares - 1) / squares;
   for (int64_t j = 0; j < kBlock; j += kLanes) {
     const bool present = rows[j] && rows[j + kLanes - 1];  // rows are missing at the ends only
     for (int64_t i = 0; i < dim; i += kWidth) {
-      Vec words[kLanes];
-      for (int n = 0; n < kLanes; ++n) prefetch_part(next[j + n], i, kWidth);
+      ahead->ask(lines_each);
+      float* square = to + i / Arithmetic::kPerWord * kBlock + j;
       if (present && dim - i >= kWidth) {
-        for (int n = 0; n < kLanes; ++n) words[n] = whole_words<Arithmetic>(rows[j + n] + i);
+        pack_square([&](int n) { return whole_words<Arithmetic>(rows[j + n] + i); }, square);
       } else {
-        for (int n = 0; n < kLanes; ++n) {
-          words[n] = rows[j + n] ? load_words<Arithmetic>(rows[j + n], i, dim) : Vec{};
-        }
+        pack_square(
+            [&](int n) {
+              return rows[j + n] ? load_words<Arithmetic>(rows[j + n], i, dim) : Vec{};
+            },
+            square);
       }
-      transpose(words);
-      float* at = to + i / Arithmetic::kPerWord * kBlock + j;
-      for (int n = 0; n < kLanes; ++n) store(at + n * kBlock, words[n]);
     }
   }
 }
@@ -124,39 +183,58 @@ static inline void pack_v_words(const T* first, const T* second, int64_t d, int6
   }
 }
 
-// pack_v_words of whole vectors of both rows, from element 0 on. Returns the first element that is
-// left.
-template <class Arithmetic, class T>
-static inline int64_t interleave(const T* first, const T* second, int64_t dim, float* to) {
-  int64_t d = 0;
 #if defined(__AVX512BF16__)
-  if constexpr (Arithmetic::kPerWord == 2) {
-    alignas(64) static constexpr uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
-                                                      37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
-                                                      11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    const __m512i low = _mm512_load_si512(kLow);
-    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(kLanes));
-    for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
-      const __m512i a = _mm512_loadu_si512(first + d);
-      const __m512i b = _mm512_loadu_si512(second + d);
-      _mm512_storeu_si512(to + d, _mm512_permutex2var_epi16(a, low, b));
-      _mm512_storeu_si512(to + d + kLanes, _mm512_permutex2var_epi16(a, high, b));
-    }
-  }
+// Elements d to d + 2 * kLanes of two rows, by turns.
+static inline void interleave(const uint16_t* first, const uint16_t* second, Vec* low, Vec* high) {
+  alignas(64) static constexpr uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                    37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                    11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i of_low = _mm512_load_si512(kLow);
+  const __m512i of_high = _mm512_add_epi16(of_low, _mm512_set1_epi16(kLanes));
+  const __m512i a = _mm512_loadu_si512(first);
+  const __m512i b = _mm512_loadu_si512(second);
+  *low = reinterpret_cast<Vec>(_mm512_permutex2var_epi16(a, of_low, b));
+  *high = reinterpret_cast<Vec>(_mm512_permutex2var_epi16(a, of_high, b));
+}
 #endif
-  return d;
+
+// to[n] = V of token i, or of tokens 2 i and 2 i + 1 in one word, for NR whole vectors from element
+// d on. NR is even where words are pairs.
+template <class Arithmetic, int NR, class T>
+static inline void load_v_words(const T* const* rows, int64_t i, int64_t d, Vec (&to)[NR]) {
+  if constexpr (Arithmetic::kPerWord == 1) {
+    for (int n = 0; n < NR; ++n) to[n] = load(rows[i] + d + n * kLanes);
+  } else {
+#if defined(__AVX512BF16__)
+    static_assert(NR % 2 == 0);
+    for (int n = 0; n < NR; n += 2) {
+      const int64_t at = d + n * kLanes;
+      interleave(rows[2 * i] + at, rows[2 * i + 1] + at, &to[n], &to[n + 1]);
+    }
+#endif
+  }
 }
 
 // to[j, d] = V of token j, or of tokens 2 j and 2 j + 1 in one word; zeros where there is no token.
-// Rows of `stride` words. Asks for the rows `next`.
+// Rows of `stride` words. Asks for `lines` lines.
 template <class Arithmetic, class T>
-static void pack_v(const T* const* rows, const T* const* next, int64_t dim, int64_t stride,
-                   float* to) {
+static void pack_v(const T* const* rows, Ahead<T>* ahead, int64_t lines, int64_t dim,
+                   int64_t stride, float* to) {
+  constexpr int64_t kWords = kBlock / Arithmetic::kPerWord;
+  const int64_t lines_each = (lines + kWords - 1) / kWords;
   for (int64_t j = 0; j < kBlock; j += Arithmetic::kPerWord, to += stride) {
     const T* first = rows[j];
     const T* second = rows[j + Arithmetic::kPerWord - 1];
-    for (int n = 0; n < Arithmetic::kPerWord; ++n) prefetch_part(next[j + n], 0, dim);
-    const int64_t d = first && second ? interleave<Arithmetic>(first, second, dim, to) : 0;
+    ahead->ask(lines_each);
+    int64_t d = 0;
+    if constexpr (Arithmetic::kPerWord == 2) {
+      for (; first && second && d + 2 * kLanes <= dim; d += 2 * kLanes) {
+        Vec words[2];
+        load_v_words<Arithmetic>(rows + j, 0, d, words);
+        store(to + d, words[0]);
+        store(to + d + kLanes, words[1]);
+      }
+    }
     pack_v_words<Arithmetic>(first, second, d, dim, to);
   }
 }

@@ -46,11 +46,18 @@ using ArithmeticFor = std::conditional_t<kHasPairs && sizeof(T) == 2, Pairs, Flo
 constexpr int kPanelRows = kLanes == 16 ? 6 : 3;
 constexpr int kPanelVectors = 4;
 
-// sums[m][n] += sum_i a[m, i] * b[i, n] for MR rows, NR vectors and i < words.
-template <class Arithmetic, int MR, int NR>
+struct Nothing {
+  void operator()() const {}
+};
+
+// sums[m][n] += sum_i a[m, i] * b[i, n] for MR rows, NR vectors and i < words. Calls `beside` once
+// for each word.
+template <class Arithmetic, int MR, int NR, class Beside = Nothing>
 static inline void multiply_panel(const float* a, int64_t a_stride, const float* b,
-                                  int64_t b_stride, int64_t words, Vec (&sums)[MR][NR]) {
+                                  int64_t b_stride, int64_t words, Vec (&sums)[MR][NR],
+                                  const Beside& beside = {}) {
   for (int64_t i = 0; i < words; ++i) {
+    beside();
     Vec bv[NR];
     for (int n = 0; n < NR; ++n) bv[n] = load(b + i * b_stride + n * kLanes);
     for (int m = 0; m < MR; ++m) {
