@@ -53,7 +53,8 @@ xf::Error linear_int8_impl(xf::ThreadPool pool, xf::AnyBuffer x, xf::Buffer<xf::
   int8_linear(
       int8_kernels(), x.untyped_data(), x_type, weight.typed_data() + l * n * k,
       scale.typed_data() + l * n, out->untyped_data(), out_type, used, n, k,
-      [&](int64_t units, const std::function<void(int64_t)>& body) { parallel(units, body); });
+      [&](int64_t units, const std::function<void(int64_t)>& body) { parallel(units, body); },
+      parallel.num_threads());
   const int64_t row_bytes = n * element_bytes(out_type);
   std::memset(static_cast<char*>(out->untyped_data()) + used * row_bytes, 0,
               (xd[0] - used) * row_bytes);

@@ -47,8 +47,10 @@ xf::Error linear_impl(xf::ThreadPool pool, xf::AnyBuffer x, xf::AnyBuffer weight
   const char* w =
       static_cast<const char*>(weight.untyped_data()) + l * n * k * element_bytes(w_type);
   XlaParallel parallel(pool);
-  linear(kernels(), x.untyped_data(), x_type, w, w_type, out->untyped_data(), out_type, used, n, k,
-         [&](int64_t units, const std::function<void(int64_t)>& body) { parallel(units, body); });
+  linear(
+      kernels(), x.untyped_data(), x_type, w, w_type, out->untyped_data(), out_type, used, n, k,
+      [&](int64_t units, const std::function<void(int64_t)>& body) { parallel(units, body); },
+      parallel.num_threads());
   const int64_t row_bytes = n * element_bytes(out_type);
   std::memset(static_cast<char*>(out->untyped_data()) + used * row_bytes, 0,
               (xd[0] - used) * row_bytes);

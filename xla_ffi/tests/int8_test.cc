@@ -9,6 +9,9 @@
 namespace ellm {
 namespace {
 
+// Parts in which the columns are handed out; not the number of threads anywhere.
+constexpr int64_t kRanges = 3;
+
 std::vector<const Int8Kernels*> machine_int8_kernels() {
   std::vector<const Int8Kernels*> found;
   for (const char* isa : {"generic", "avx2", "avx512", "avx512_vnni"}) {
@@ -86,7 +89,7 @@ struct Problem {
     part.copy(0, x, begin * k, (end - begin) * k);
     Elements out(out_type, (end - begin) * n);
     int8_linear(kernels, part.at(0), x_type, w.values.data(), w.scales.data(), out.at(0), out_type,
-                end - begin, n, k, parallel);
+                end - begin, n, k, parallel, kRanges);
     return out;
   }
   Elements run(const Int8Kernels& kernels) const { return run(kernels, 0, rows); }
@@ -187,7 +190,7 @@ TEST(int8_sums_neither_saturate_nor_overflow) {
           const std::vector<float> scales(5, 1.0f);
           std::vector<float> out(rows * 5);
           int8_linear(*kernels, x.at(0), ElementType::kFloat32, w.data(), scales.data(), out.data(),
-                      ElementType::kFloat32, rows, 5, k, run_serially);
+                      ElementType::kFloat32, rows, 5, k, run_serially, kRanges);
           for (float value : out) CHECK_EQ(value, sign * static_cast<float>(127 * 127 * k));
         }
       }
@@ -262,7 +265,7 @@ TEST(int8_linear_of_nothing_writes_nothing) {
     const int8_t w[4] = {};
     const float scale = 1.0f;
     int8_linear(*kernels, nullptr, ElementType::kFloat32, w, &scale, &out, ElementType::kFloat32, 0,
-                1, 4, run_serially);
+                1, 4, run_serially, kRanges);
     CHECK_EQ(out, 7.0f);
   }
 }

@@ -7,6 +7,9 @@
 namespace ellm {
 namespace {
 
+// Parts in which the columns are handed out; not the number of threads anywhere.
+constexpr int64_t kRanges = 3;
+
 struct Problem {
   int64_t rows, n, k;
   ElementType x_type, w_type, out_type;
@@ -37,7 +40,7 @@ struct Problem {
     part.copy(0, x, begin * k, (end - begin) * k);
     Elements out(out_type, (end - begin) * n);
     linear(kernels, part.at(0), x_type, w.at(0), w_type, out.at(0), out_type, end - begin, n, k,
-           parallel);
+           parallel, kRanges);
     return out;
   }
   Elements run(const Kernels& kernels) const { return run(kernels, 0, rows); }
@@ -179,7 +182,7 @@ TEST(linear_of_nothing_writes_nothing) {
     float out = 7.0f;
     const float w[4] = {};
     linear(*kernels, nullptr, ElementType::kFloat32, w, ElementType::kFloat32, &out,
-           ElementType::kFloat32, 0, 1, 4, run_serially);
+           ElementType::kFloat32, 0, 1, 4, run_serially, kRanges);
     CHECK_EQ(out, 7.0f);
   }
 }

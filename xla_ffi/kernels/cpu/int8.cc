@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "kernels/cpu/ranges.h"
 #include "kernels/cpu/scratch.h"
 
 namespace ellm {
@@ -28,7 +29,7 @@ Int8Rows scratch_rows(int64_t rows, int64_t k) {
 
 void int8_linear(const Int8Kernels& kernels, const void* x, ElementType x_type, const int8_t* w,
                  const float* w_scale, void* out, ElementType out_type, int64_t rows, int64_t n,
-                 int64_t k, const ParallelFor& parallel) {
+                 int64_t k, const ParallelFor& parallel, int64_t threads) {
   if (rows == 0 || n == 0) return;
   const Int8Rows all = scratch_rows(rows, k);
   const auto quantize = [&](int64_t row) {
@@ -47,7 +48,7 @@ void int8_linear(const Int8Kernels& kernels, const void* x, ElementType x_type, 
     kernels.linear(args, 0, n);
     return;
   }
-  parallel((n + kColumns - 1) / kColumns, [&](int64_t unit) {
+  parallel_ranges(parallel, threads, (n + kColumns - 1) / kColumns, [&](int64_t unit) {
     kernels.linear(args, unit * kColumns, std::min(n, (unit + 1) * kColumns));
   });
 }

@@ -1,142 +1,132 @@
 // Linear layers of int8: rows of x against rows of w, both running along k, as in linear.inl.
+#include "kernels/cpu/fetch.inl"
 #include "kernels/cpu/int8_dot.inl"
 
 namespace ellm::ELLM_ISA {
 
-// Rows of x that share each load of w, at most.
-constexpr int kInt8Rows = kLanes == 16 ? 6 : 3;
+// As in linear.inl, and for the same reasons: the most rows of x that share each load of w, how
+// many columns are taken together, and the bytes of x and of w that stay in caches.
+constexpr int kInt8Rows = kLanes == 16 ? 8 : 4;
+constexpr int int8_columns(int64_t mr) { return mr <= 2 ? 1 : 2; }
+constexpr int64_t kInt8InputBytes = 32 * 1024;
+constexpr int64_t kInt8BlockBytes = 32 * 1024;
 
-// Columns of a block of MR rows: its sums fill the register file beside the operands.
-constexpr int int8_columns(int mr) {
-  if (kLanes == 16) return mr == 1 ? 16 : mr <= 3 ? 8 : 4;
-  return mr == 1 ? 8 : 4;
-}
-
-// Columns whose sums wait to be scaled together. A multiple of what blocks take.
-constexpr int64_t kInt8Columns = 48;
-
-// Elements along k that a high panel takes at a time: such a piece of x stays in the level-1 cache
-// while w passes. Low panels wait for w in any case.
-constexpr int64_t kInt8Depth = 4096;
-
-// Bytes of w that stay in the level-2 cache while all rows of x pass them.
-constexpr int64_t kInt8BlockBytes = 256 * 1024;
-
-// to[i] = sum of vectors[i]; in groups of a power of two; writes up to kLanes words more.
-template <int Count, int Group = kLanes>
-static inline void sum_words(const IVec* vectors, int32_t* to) {
-  if constexpr (Group > Count) {
-    sum_words<Count, Group / 2>(vectors, to);
-  } else {
-    const IVec sums = sum_strides<Group>(sum_each<Group>(vectors));
-    std::memcpy(to, &sums, sizeof sums);
-    if constexpr (Count > Group) sum_words<Count - Group, Group>(vectors + Group, to + Group);
-  }
-}
-
-// sums[m, j] += sum_i (w[j, i] + kOffset) * x[m, i] for MR rows, NR columns and i in [begin, end);
-// `begin` is a multiple of kInt8Padding, and so is `end` unless it is k.
+// sums[m * kLanes] += (w[j] + kOffset) . x[m] over the elements [begin, end), `end` being k or a
+// multiple of kInt8Padding, for MR rows and NR columns; column j's sums are a vector further on for
+// each j.
 template <int MR, int NR>
 static inline void int8_block(const int8_t* x, int64_t x_stride, const int8_t* w, int64_t k,
-                              int64_t begin, int64_t end, int32_t* sums) {
-  IVec acc[MR * NR] = {};
+                              int64_t begin, int64_t end, IVec* sums) {
+  IVec acc[MR * NR];
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 2
+    for (int j = 0; j < NR; ++j) acc[m * NR + j] = begin == 0 ? IVec{} : sums[m * kLanes + j];
+  }
   const int64_t full = end / Bytes::kWidth * Bytes::kWidth;
+#pragma GCC unroll 2
   for (int64_t i = begin; i < full; i += Bytes::kWidth) {
-    typename Bytes::Operand xv[MR];
-    for (int m = 0; m < MR; ++m) xv[m] = Bytes::inputs(x + m * x_stride + i);
-    for (int j = 0; j < NR; ++j) {
-      const auto wv = Bytes::weights(w + j * k + i);
-      for (int m = 0; m < MR; ++m) {
-        acc[m * NR + j] = Bytes::multiply_add(acc[m * NR + j], wv, xv[m]);
+    typename Bytes::Operand wv[NR];
+#pragma GCC unroll 2
+    for (int j = 0; j < NR; ++j) wv[j] = Bytes::weights(w + j * k + i);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+      const auto xv = Bytes::inputs(x + m * x_stride + i);
+#pragma GCC unroll 2
+      for (int j = 0; j < NR; ++j) {
+        acc[m * NR + j] = Bytes::multiply_add(acc[m * NR + j], wv[j], xv);
       }
     }
   }
   if (full < end) {  // x is padded, w is not
-    typename Bytes::Operand xv[MR];
-    for (int m = 0; m < MR; ++m) xv[m] = Bytes::inputs(x + m * x_stride + full);
+    typename Bytes::Operand wv[NR];
+#pragma GCC unroll 2
     for (int j = 0; j < NR; ++j) {
       int8_t padded[Bytes::kWidth] = {};
       std::memcpy(padded, w + j * k + full, end - full);
-      const auto wv = Bytes::weights(padded);
-      for (int m = 0; m < MR; ++m) {
-        acc[m * NR + j] = Bytes::multiply_add(acc[m * NR + j], wv, xv[m]);
+      wv[j] = Bytes::weights(padded);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+      const auto xv = Bytes::inputs(x + m * x_stride + full);
+#pragma GCC unroll 2
+      for (int j = 0; j < NR; ++j) {
+        acc[m * NR + j] = Bytes::multiply_add(acc[m * NR + j], wv[j], xv);
       }
     }
   }
-  int32_t added[MR * NR + kLanes];
-  sum_words<MR * NR>(acc, added);
+#pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
-    for (int j = 0; j < NR; ++j) sums[m * kInt8Columns + j] += added[m * NR + j];
+#pragma GCC unroll 2
+    for (int j = 0; j < NR; ++j) sums[m * kLanes + j] = acc[m * NR + j];
   }
 }
 
-// out = float(sums - correction) * x_scale * w_scale for `count` columns of a row.
+// The `count` columns of a row that begin at `out`: float(sums - correction) * x_scale * w_scale.
 template <class Out>
-static inline void scale_row(const int32_t* sums, int32_t correction, float x_scale,
-                             const float* w_scale, int64_t count, Out* out) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    IVec s;
-    std::memcpy(&s, sums + i, sizeof s);  // kInt8Columns is a multiple of kLanes
-    const Vec v = __builtin_convertvector(s - correction, Vec) * splat(x_scale);
-    store_part(out + i, v * load_up_to(w_scale + i, count - i), count - i);
-  }
+static inline void put_scaled(IVec sums, int32_t correction, float x_scale, const float* w_scale,
+                              int64_t count, Out* out) {
+  const Vec v = __builtin_convertvector(sums - correction, Vec) * splat(x_scale);
+  store_part(out, v * load_up_to(w_scale, count), count);
 }
 
-// Rows [m, m + MR) and at most kInt8Columns columns.
-template <int MR, class Out>
+// Rows [m, m + MR). The vectors of kLanes columns are added up together.
+template <int MR>
 static inline void int8_rows(const Int8Args& a, int64_t m, int64_t n_begin, int64_t n_end) {
   constexpr int NR = int8_columns(MR);
+  constexpr int64_t kDepth = kInt8InputBytes / MR / kInt8Padding * kInt8Padding;
   const int8_t* x = a.x.values + m * a.x.stride;
-  int32_t sums[MR * kInt8Columns] = {};
-  const int64_t depth = 3 * MR > 2 * kInt8Rows ? kInt8Depth : a.k;
-  for (int64_t begin = 0; begin < a.k; begin += depth) {
-    const int64_t end = min_of(begin + depth, a.k);
-    int64_t n = n_begin;
-    int32_t* at = sums;
-    for (; n + NR <= n_end; n += NR, at += NR) {
-      int8_block<MR, NR>(x, a.x.stride, a.w + n * a.k, a.k, begin, end, at);
+  IVec sums[MR * kLanes];
+  for (int64_t n = n_begin; n < n_end; n += kLanes) {
+    const int8_t* w = a.w + n * a.k;
+    const int64_t columns = min_of(kLanes, n_end - n);
+    if (columns < kLanes) std::memset(sums, 0, sizeof sums);
+    for (int64_t begin = 0; begin < a.k; begin += kDepth) {
+      const int64_t end = min_of(begin + kDepth, a.k);
+      int64_t j = 0;
+      for (; j + NR <= columns; j += NR) {
+        int8_block<MR, NR>(x, a.x.stride, w + j * a.k, a.k, begin, end, sums + j);
+      }
+      for (; j < columns; ++j) {
+        int8_block<MR, 1>(x, a.x.stride, w + j * a.k, a.k, begin, end, sums + j);
+      }
     }
-    for (; n < n_end; ++n, ++at) {
-      int8_block<MR, 1>(x, a.x.stride, a.w + n * a.k, a.k, begin, end, at);
+    for (int i = 0; i < MR; ++i) {
+      const IVec total = sum_each(sums + i * kLanes);
+      const int32_t correction = Bytes::kOffset * a.x.sums[m + i];
+      const float scale = a.x.scales[m + i];
+      const int64_t at = (m + i) * a.n + n;
+      if (a.out_type == ElementType::kFloat32) {
+        put_scaled(total, correction, scale, a.w_scale + n, columns,
+                   static_cast<float*>(a.out) + at);
+      } else {
+        put_scaled(total, correction, scale, a.w_scale + n, columns,
+                   static_cast<uint16_t*>(a.out) + at);
+      }
     }
-  }
-  Out* out = static_cast<Out*>(a.out) + m * a.n + n_begin;
-  for (int i = 0; i < MR; ++i) {
-    scale_row(sums + i * kInt8Columns, Bytes::kOffset * a.x.sums[m + i], a.x.scales[m + i],
-              a.w_scale + n_begin, n_end - n_begin, out + i * a.n);
   }
 }
 
 // int8_rows for `mr` rows, 1 to MR.
-template <int MR, class Out>
+template <int MR>
 static inline void int8_panel(const Int8Args& a, int64_t mr, int64_t m, int64_t n_begin,
                               int64_t n_end) {
-  if (mr == MR) return int8_rows<MR, Out>(a, m, n_begin, n_end);
-  if constexpr (MR > 1) int8_panel<MR - 1, Out>(a, mr, m, n_begin, n_end);
+  if (mr == MR) return int8_rows<MR>(a, m, n_begin, n_end);
+  if constexpr (MR > 1) int8_panel<MR - 1>(a, mr, m, n_begin, n_end);
 }
 
-template <class Out>
-static void int8_linear_typed(const Int8Args& a, int64_t n_begin, int64_t n_end) {
-  // Multiples of 8 leave no columns over for the blocks of high panels.
-  const int64_t fitting = max_of(8, kInt8BlockBytes / a.k / 8 * 8);
-  const int64_t step = a.rows <= kInt8Rows ? kInt8Columns : min_of(kInt8Columns, fitting);
+static void int8_linear(const Int8Args& a, int64_t n_begin, int64_t n_end) {
+  const int64_t step = max_of(kLanes, kInt8BlockBytes / a.k / kLanes * kLanes);
   for (int64_t n = n_begin; n < n_end; n += step) {
     const int64_t stop = min_of(n + step, n_end);
+    if (int8_columns(a.rows) > 1) fetch(a.w + n * a.k, (stop - n) * a.k);
     // Panels of nearly the same height, as in linear.inl.
     int64_t panels = (a.rows + kInt8Rows - 1) / kInt8Rows;
     for (int64_t m = 0; m < a.rows; --panels) {
       const int64_t mr = (a.rows - m + panels - 1) / panels;
-      int8_panel<kInt8Rows, Out>(a, mr, m, n, stop);
+      int8_panel<kInt8Rows>(a, mr, m, n, stop);
       m += mr;
     }
-  }
-}
-
-static void int8_linear(const Int8Args& a, int64_t n_begin, int64_t n_end) {
-  if (a.out_type == ElementType::kFloat32) {
-    int8_linear_typed<float>(a, n_begin, n_end);
-  } else {
-    int8_linear_typed<uint16_t>(a, n_begin, n_end);
   }
 }
 

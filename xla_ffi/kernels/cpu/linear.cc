@@ -2,13 +2,14 @@
 
 #include <algorithm>
 
+#include "kernels/cpu/ranges.h"
 #include "kernels/cpu/scratch.h"
 
 namespace ellm {
 
 namespace {
 // Columns a thread takes at a time: enough to be worth handing out, few enough to balance, and a
-// multiple of what the kernels take together.
+// multiple of what the kernels add up together.
 constexpr int64_t kColumns = 48;
 // Multiplications, and elements to widen, below which handing out costs more than it saves.
 constexpr int64_t kSerialWork = 32 * 1024;
@@ -17,7 +18,7 @@ constexpr int64_t kSerialWiden = 64 * 1024;
 
 void linear(const Kernels& kernels, const void* x, ElementType x_type, const void* w,
             ElementType w_type, void* out, ElementType out_type, int64_t rows, int64_t n, int64_t k,
-            const ParallelFor& parallel) {
+            const ParallelFor& parallel, int64_t threads) {
   if (rows == 0 || n == 0) return;
   LinearArgs args;
   args.w = w;
@@ -53,7 +54,7 @@ void linear(const Kernels& kernels, const void* x, ElementType x_type, const voi
     kernels.linear(args, 0, n);
     return;
   }
-  parallel((n + kColumns - 1) / kColumns, [&](int64_t unit) {
+  parallel_ranges(parallel, threads, (n + kColumns - 1) / kColumns, [&](int64_t unit) {
     kernels.linear(args, unit * kColumns, std::min(n, (unit + 1) * kColumns));
   });
 }

@@ -1,39 +1,25 @@
 // Linear layers: rows of x against rows of w, both running along k. No packing: w is read in
 // the [n, k] order in which checkpoints store it, so there is one copy of it in memory.
+#include "kernels/cpu/fetch.inl"
 #include "kernels/cpu/panel.inl"
 
 namespace ellm::ELLM_ISA {
 
-// Rows of x that share each load of w, at most.
-constexpr int kMaxRows = kLanes == 16 ? 6 : 3;
+// Rows of x that share each load of w, at most: with two columns enough sums to hide how long an
+// addition takes. More rows would meet in the same sets of the level-1 cache.
+constexpr int kMaxRows = kLanes == 16 ? 8 : 6;
 
-// Columns of a block of MR rows: its accumulators fill the register file beside the operands.
-constexpr int columns_for(int mr) {
-  if (kLanes == 16) return mr == 1 ? 16 : mr <= 3 ? 8 : 4;
-  return mr == 1 ? 8 : mr == 2 ? 6 : 4;
-}
+// Columns taken together. The prefetchers follow one row of w best, so one or two rows of x, which
+// only wait for w, take it row by row; more would wait for their additions.
+constexpr int columns_for(int64_t mr) { return mr <= 2 ? 1 : 2; }
 
-// Words along k that a high panel of x takes at a time: such a piece of it stays in the level-1
-// cache while w passes. A low panel waits for w in any case, and w comes fastest in long rows.
-constexpr int64_t kDepth = 1024;
-constexpr bool in_pieces(int mr) { return 3 * mr > 2 * kMaxRows; }
+// Bytes of x that stay in the level-1 cache while w passes. A longer panel is taken in pieces
+// along k.
+constexpr int64_t kInputBytes = 32 * 1024;
 
-// Columns whose sums wait while the panel goes on along k.
-constexpr int64_t kMaxColumns = 48;
-
-// Rows of a block of w that stays in the level-2 cache while all rows of x pass it.
-constexpr int64_t kWeightBlockBytes = 256 * 1024;
-
-// to[i] = sum of vectors[i], in groups of a power of two; writes up to kLanes floats more.
-template <int Count, int Group = kLanes>
-static inline void sum_all(const Vec* vectors, float* to) {
-  if constexpr (Group > Count) {
-    sum_all<Count, Group / 2>(vectors, to);
-  } else {
-    store(to, sum_strides<Group>(sum_each<Group>(vectors)));
-    if constexpr (Count > Group) sum_all<Count - Group, Group>(vectors + Group, to + Group);
-  }
-}
+// Bytes of w that are fetched into the level-2 cache and stay there while all panels of x pass
+// them.
+constexpr int64_t kWeightBlockBytes = 32 * 1024;
 
 // How x and w are read along k: kWidth elements at a time, as float32 or as pairs of bfloat16.
 template <class X, class W>
@@ -56,135 +42,123 @@ struct Along {
   }
 };
 
-// Adds elements [k_begin, k_end) to the sums; the last call, with k_end == k, writes them to `out`.
-// Between calls they wait in `carry`, MR * NR vectors.
-template <int MR, int NR, class X, class W, class Out>
-static inline void linear_block(const X* x, int64_t x_stride, const W* w, int64_t k,
-                                int64_t k_begin, int64_t k_end, float* carry, int64_t n, Out* out) {
+// sums[m * kLanes] += x[m] . w[j] over the elements [begin, end), `end` being k or a multiple of
+// the width, for MR rows and NR columns; column j's sums are a vector further on for each j.
+template <int MR, int NR, class X, class W>
+static inline void linear_block(const X* x, int64_t x_stride, const W* w, int64_t k, int64_t begin,
+                                int64_t end, Vec* sums) {
   using Read = Along<X, W>;
   constexpr int64_t kWidth = Read::kWidth;
-  Vec acc[MR * NR] = {};
-  if (in_pieces(MR) && k_begin > 0) {
-    for (int i = 0; i < MR * NR; ++i) acc[i] = load(carry + i * kLanes);
+  Vec acc[MR * NR];
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 2
+    for (int j = 0; j < NR; ++j) acc[m * NR + j] = begin == 0 ? Vec{} : sums[m * kLanes + j];
   }
-  const int64_t full = (in_pieces(MR) ? k_end : k) / kWidth * kWidth;
-  for (int64_t i = in_pieces(MR) ? k_begin : 0; i < full; i += kWidth) {
-    Vec xv[MR];
-    for (int m = 0; m < MR; ++m) xv[m] = Read::whole(x + m * x_stride + i);
-    for (int j = 0; j < NR; ++j) {
-      const Vec wv = Read::whole(w + j * k + i);
-      for (int m = 0; m < MR; ++m) {
-        acc[m * NR + j] = Read::Arithmetic::multiply_add(acc[m * NR + j], xv[m], wv);
+  const int64_t full = end / kWidth * kWidth;
+#pragma GCC unroll 2
+  for (int64_t i = begin; i < full; i += kWidth) {
+    Vec wv[NR];
+#pragma GCC unroll 2
+    for (int j = 0; j < NR; ++j) wv[j] = Read::whole(w + j * k + i);
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+      const Vec xv = Read::whole(x + m * x_stride + i);
+#pragma GCC unroll 2
+      for (int j = 0; j < NR; ++j) {
+        acc[m * NR + j] = Read::Arithmetic::multiply_add(acc[m * NR + j], xv, wv[j]);
       }
     }
   }
-  if (in_pieces(MR) && k_end < k) {
-    for (int i = 0; i < MR * NR; ++i) store(carry + i * kLanes, acc[i]);
-    return;
-  }
-  if (full < k) {
-    Vec xv[MR];
-    for (int m = 0; m < MR; ++m) xv[m] = Read::part(x + m * x_stride + full, k - full);
-    for (int j = 0; j < NR; ++j) {
-      const Vec wv = Read::part(w + j * k + full, k - full);
-      for (int m = 0; m < MR; ++m) {
-        acc[m * NR + j] = Read::Arithmetic::multiply_add(acc[m * NR + j], xv[m], wv);
+  if (full < end) {
+    Vec wv[NR];
+#pragma GCC unroll 2
+    for (int j = 0; j < NR; ++j) wv[j] = Read::part(w + j * k + full, end - full);
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+      const Vec xv = Read::part(x + m * x_stride + full, end - full);
+#pragma GCC unroll 2
+      for (int j = 0; j < NR; ++j) {
+        acc[m * NR + j] = Read::Arithmetic::multiply_add(acc[m * NR + j], xv, wv[j]);
       }
     }
   }
-  float sums[MR * NR + kLanes];
-  sum_all<MR * NR>(acc, sums);
-  Out results[MR * NR + kLanes];
-  for (int i = 0; i < MR * NR; i += kLanes) store(results + i, load(sums + i));
-  for (int m = 0; m < MR; ++m) std::memcpy(out + m * n, results + m * NR, NR * sizeof(Out));
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 2
+    for (int j = 0; j < NR; ++j) sums[m * kLanes + j] = acc[m * NR + j];
+  }
 }
 
-// One output at a time, in the order of linear_block: for the columns that fill no block.
-template <class X, class W, class Out>
-static inline void linear_one(const X* x, const W* w, int64_t k, Out* out) {
-  using Read = Along<X, W>;
-  Vec acc = {};
-  const int64_t full = k / Read::kWidth * Read::kWidth;
-  for (int64_t i = 0; i < full; i += Read::kWidth) {
-    acc = Read::Arithmetic::multiply_add(acc, Read::whole(x + i), Read::whole(w + i));
-  }
-  if (full < k) {
-    acc = Read::Arithmetic::multiply_add(acc, Read::part(x + full, k - full),
-                                         Read::part(w + full, k - full));
-  }
-  put(out, sum(acc));
-}
-
-template <int MR, class X, class W, class Out>
+// Rows [m, m + MR). The vectors of kLanes columns are added up together.
+template <int MR, class X, class W>
 static inline void linear_rows(const LinearArgs& a, int64_t m, int64_t n_begin, int64_t n_end) {
+  constexpr int64_t kWidth = Along<X, W>::kWidth;
+  constexpr int64_t kDepth = kInputBytes / MR / static_cast<int64_t>(sizeof(X)) / kWidth * kWidth;
   constexpr int NR = columns_for(MR);
-  constexpr int64_t kPiece = kDepth * Along<X, W>::Arithmetic::kPerWord;
   const X* x = static_cast<const X*>(a.x) + m * a.x_stride;
-  const W* w = static_cast<const W*>(a.w);
-  Out* out = static_cast<Out*>(a.out) + m * a.n;
-  float carry[MR * kMaxColumns * kLanes];
-  int64_t k_begin = 0;
-  do {
-    const int64_t k_end = in_pieces(MR) ? min_of(k_begin + kPiece, a.k) : a.k;
-    float* at = carry;
-    int64_t n = n_begin;
-    for (; n + NR <= n_end; n += NR, at += MR * NR * kLanes) {
-      linear_block<MR, NR>(x, a.x_stride, w + n * a.k, a.k, k_begin, k_end, at, a.n, out + n);
+  Vec sums[MR * kLanes];
+  for (int64_t n = n_begin; n < n_end; n += kLanes) {
+    const W* w = static_cast<const W*>(a.w) + n * a.k;
+    const int64_t columns = min_of(kLanes, n_end - n);
+    if (columns < kLanes) std::memset(sums, 0, sizeof sums);
+    for (int64_t begin = 0; begin < a.k; begin += kDepth) {
+      const int64_t end = min_of(begin + kDepth, a.k);
+      int64_t j = 0;
+      for (; j + NR <= columns; j += NR) {
+        linear_block<MR, NR>(x, a.x_stride, w + j * a.k, a.k, begin, end, sums + j);
+      }
+      for (; j < columns; ++j) {
+        linear_block<MR, 1>(x, a.x_stride, w + j * a.k, a.k, begin, end, sums + j);
+      }
     }
-    for (; n + 4 <= n_end; n += 4, at += MR * 4 * kLanes) {
-      linear_block<MR, 4>(x, a.x_stride, w + n * a.k, a.k, k_begin, k_end, at, a.n, out + n);
+    for (int i = 0; i < MR; ++i) {
+      const Vec y = sum_each(sums + i * kLanes);
+      const int64_t at = (m + i) * a.n + n;
+      if (a.out_type == ElementType::kFloat32) {
+        store_part(static_cast<float*>(a.out) + at, y, columns);
+      } else {
+        store_part(static_cast<uint16_t*>(a.out) + at, y, columns);
+      }
     }
-    k_begin = k_end;
-  } while (in_pieces(MR) && k_begin < a.k);
-  for (int64_t n = n_end - (n_end - n_begin) % NR % 4; n < n_end; ++n) {
-    for (int i = 0; i < MR; ++i)
-      linear_one(x + i * a.x_stride, w + n * a.k, a.k, out + i * a.n + n);
   }
 }
 
 // linear_rows for `mr` rows, 1 to MR.
-template <int MR, class X, class W, class Out>
+template <int MR, class X, class W>
 static inline void linear_panel(const LinearArgs& a, int64_t mr, int64_t m, int64_t n_begin,
                                 int64_t n_end) {
-  if (mr == MR) return linear_rows<MR, X, W, Out>(a, m, n_begin, n_end);
-  if constexpr (MR > 1) linear_panel<MR - 1, X, W, Out>(a, mr, m, n_begin, n_end);
+  if (mr == MR) return linear_rows<MR, X, W>(a, m, n_begin, n_end);
+  if constexpr (MR > 1) linear_panel<MR - 1, X, W>(a, mr, m, n_begin, n_end);
 }
 
-template <class X, class W, class Out>
+template <class X, class W>
 static void linear_typed(const LinearArgs& a, int64_t n_begin, int64_t n_end) {
   const int64_t row_bytes = a.k * static_cast<int64_t>(sizeof(W));
-  // Multiples of 24 leave no columns over for any block.
-  const int64_t fitting = max_of(24, kWeightBlockBytes / row_bytes / 24 * 24);
-  const int64_t step = min_of(kMaxColumns, a.rows <= kMaxRows ? kMaxColumns : fitting);
+  const int64_t step = max_of(kLanes, kWeightBlockBytes / row_bytes / kLanes * kLanes);
   for (int64_t n = n_begin; n < n_end; n += step) {
     const int64_t stop = min_of(n + step, n_end);
-    // Panels of nearly the same height: 7 rows are 4 + 3, for 6 + 1 would read w once more alone.
+    if (columns_for(a.rows) > 1) {
+      fetch(static_cast<const W*>(a.w) + n * a.k, (stop - n) * row_bytes);
+    }
+    // Panels of nearly the same height: 9 rows are 5 + 4, for 8 + 1 would read w once more alone.
     int64_t panels = (a.rows + kMaxRows - 1) / kMaxRows;
     for (int64_t m = 0; m < a.rows; --panels) {
       const int64_t mr = (a.rows - m + panels - 1) / panels;
-      linear_panel<kMaxRows, X, W, Out>(a, mr, m, n, stop);
+      linear_panel<kMaxRows, X, W>(a, mr, m, n, stop);
       m += mr;
     }
   }
 }
 
-template <class X, class W>
-static void linear_to(const LinearArgs& a, int64_t n_begin, int64_t n_end) {
-  if (a.out_type == ElementType::kFloat32) {
-    linear_typed<X, W, float>(a, n_begin, n_end);
-  } else {
-    linear_typed<X, W, uint16_t>(a, n_begin, n_end);
-  }
-}
-
 static void linear(const LinearArgs& a, int64_t n_begin, int64_t n_end) {
-  if (a.w_type == ElementType::kFloat32) return linear_to<float, float>(a, n_begin, n_end);
+  if (a.w_type == ElementType::kFloat32) return linear_typed<float, float>(a, n_begin, n_end);
   if constexpr (kHasPairs) {
     if (a.x_type == ElementType::kBFloat16) {
-      return linear_to<uint16_t, uint16_t>(a, n_begin, n_end);
+      return linear_typed<uint16_t, uint16_t>(a, n_begin, n_end);
     }
   }
-  linear_to<float, uint16_t>(a, n_begin, n_end);
+  linear_typed<float, uint16_t>(a, n_begin, n_end);
 }
 
 }  // namespace ellm::ELLM_ISA
