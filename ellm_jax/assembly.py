@@ -88,7 +88,7 @@ def assemble(
         )
     # An engine that was closed before may still hold its weights, until a cycle of its is found.
     gc.collect()
-    devices = open_devices(config.device, config.tensor_parallel)
+    devices = open_devices(config.device, config.tensor_parallel, config.threads)
     device: Device = devices[0] if len(devices) == 1 else DeviceGroup(devices)
     device.shards.check(model_config)
     if config.quantization is not None and device.platform != "cpu":

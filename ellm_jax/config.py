@@ -27,6 +27,7 @@ POLICY_NAMES = ("elastic", "intra", "inter", "static-chunked", "static")
 
 _MAX_COUNTS = {
     "tensor_parallel": 64,
+    "threads": 1024,
     "max_model_len": 2**31 - 1,
     "max_num_seqs": 4096,
     "max_batch_tokens": 65536,
@@ -81,6 +82,9 @@ class EngineConfig:
         tensor_parallel: devices that share the model, each with its part of the weights and its
             heads of the KV cache. `device_memory` and `host_memory` are then for each of them, and
             so are the figures of `Engine.memory`.
+        threads: of the CPU: XLA and the kernels share one pool. None: one for each core that the
+            process may use, by its affinity and its quota. Fixed once JAX has used the CPU: a later
+            engine has to ask for the same, or for none.
         device_memory: most bytes that weights, KV cache and activations take together, as bytes or
             text ("2GiB"). None: what is free when the engine starts, less a tenth.
         load_format: "auto": weights from the checkpoint, in whichever format it has them; "dummy":
@@ -115,6 +119,7 @@ class EngineConfig:
 
     device: str = "auto"
     tensor_parallel: int = 1
+    threads: int | None = None
     device_memory: int | str | None = None
     load_format: str = "auto"
     dtype: str | None = None
@@ -195,7 +200,7 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def _check_count(name: str, value: object, most: int) -> None:
-    if value is None and name in ("max_model_len", "max_batch_tokens"):
+    if value is None and name in ("threads", "max_model_len", "max_batch_tokens"):
         return
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}={value!r}: must be a whole number from 1 to {most}")

@@ -84,8 +84,10 @@ def _backends() -> Iterator[Finding]:
 
 
 def _processor() -> Iterator[Finding]:
+    from ellm_jax.devices.threads import cpu_quota, usable_cores
+
     cores = len(os.sched_getaffinity(0))
-    quota = _cpu_quota()
+    quota = cpu_quota()
     value = f"{cores} usable of {os.cpu_count()}"
     if quota is not None and quota < cores:
         yield Finding(
@@ -93,20 +95,10 @@ def _processor() -> Iterator[Finding]:
             "cores",
             "warning",
             f"{value}, limited to the time of {quota:.1f}",
-            f"steps wait for each other; raise the limit, or start with: taskset -c "
-            f"0-{max(0, round(quota) - 1)}",
+            f"an engine on the CPU runs {usable_cores()} threads; raise the limit for more",
         )
     else:
         yield Finding("processor", "cores", "ok", value)
-
-
-def _cpu_quota() -> float | None:
-    """The control group's share in cores; None where there is none."""
-    try:
-        allowed, period = pathlib.Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return int(allowed) / int(period)
-    except (OSError, ValueError):
-        return None
 
 
 def _memory() -> Iterator[Finding]:

@@ -57,7 +57,7 @@ class StandIn:
         monkeypatch.setattr(cuda.cuda_ops, "COMPILER_OPTIONS", None)
         monkeypatch.setattr(cuda.cuda_ops, "load_kernels", load)
         self.device = cuda.CudaDevice(jax.devices()[0], DevicePool(0, self.driver))
-        monkeypatch.setattr("ellm_jax.assembly.open_devices", lambda wanted, count=1: [self.device])
+        monkeypatch.setattr("ellm_jax.assembly.open_devices", lambda *_: [self.device])
 
     def of(self, kind: str) -> list[Any]:
         return [what for asked, what in self.asked if asked == kind]

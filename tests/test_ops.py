@@ -267,6 +267,28 @@ def test_silu_mul(dtype, rows, n):
     assert not out[rows:].astype(np.float32).any()
 
 
+@pytest.mark.parametrize("vocab", [1, 15, 16, 33, 4096, 32001])
+def test_likeliest(vocab):
+    rng = np.random.default_rng(vocab)
+    scores = rng.standard_normal((40, vocab)).astype(np.float32)
+    scores[1] = -np.inf
+    scores[2, vocab // 2 :] = 7.0
+    scores[3] = np.where(np.arange(vocab) % 2, 0.0, -0.0)
+    scores[4, vocab - 1] = np.inf
+    scores[5] = -(scores[5] ** 2)
+    used = np.array([38], np.int32)
+    got = np.asarray(jax.jit(ops.likeliest)(scores, used))
+    np.testing.assert_array_equal(got[:38], scores[:38].argmax(axis=1))
+    assert not got[38:].any()
+
+
+@pytest.mark.parametrize("at", [0, 5, 16, 99])
+def test_there_is_no_likeliest_where_a_score_is_nan(at):
+    scores = np.zeros((3, 100), np.float32)
+    scores[1, at] = np.nan
+    assert ops.likeliest(scores, np.array([3], np.int32)).tolist() == [0, -1, 0]
+
+
 @pytest.mark.parametrize("operation", ["rms_norm", "silu_mul"])
 def test_row_operations_are_the_same_to_the_bit_in_any_batch(operation):
     """What XLA does not promise, and why these are native."""

@@ -19,12 +19,13 @@ __all__ = [
 ]
 
 
-def open_devices(wanted: str, count: int = 1) -> list[Device]:
+def open_devices(wanted: str, count: int = 1, threads: int | None = None) -> list[Device]:
     """Opens the first devices of the kind that `EngineConfig.device` asks for, and initialises JAX.
 
     Args:
         wanted: "auto", "cpu" or "cuda".
         count: how many of them.
+        threads: of the CPU, for all of them together; None: one for each core it may use.
 
     Raises:
         DeviceError: there are not so many, or JAX was set up in another way before.
@@ -38,4 +39,4 @@ def open_devices(wanted: str, count: int = 1) -> list[Device]:
         return list(open_cuda(count))
     from ellm_jax.devices.cpu import open_cpu
 
-    return list(open_cpu(count))
+    return list(open_cpu(count, threads))

@@ -20,6 +20,7 @@ from ellm_jax._native import (
 from ellm_jax.devices.allocator import ENVIRONMENT
 from ellm_jax.devices.errors import DeviceError
 from ellm_jax.devices.native import has_cuda_kernels
+from ellm_jax.devices.threads import start_pool
 from ellm_jax.memory.balloon import Balloon, HeapBalloon
 from ellm_jax.memory.system import default_limit_bytes
 from ellm_jax.models.config import ModelConfig
@@ -98,17 +99,18 @@ class CpuDevice:
         return HeapBalloon(_RETAINED_BYTES, malloc_trim)
 
 
-def open_cpu(count: int) -> list[CpuDevice]:
-    """The CPU, or several devices that JAX makes of it.
+def open_cpu(count: int, threads: int | None = None) -> list[CpuDevice]:
+    """The CPU, or several devices that JAX makes of it. `threads` as of `start_pool`.
 
     Raises:
-        DeviceError: JAX makes fewer of it.
+        DeviceError: JAX makes fewer of it, or has another number of threads already.
     """
     if has_cuda_kernels():
         # JAX initialises every platform it has. Where GPUs are among them, they get the allocator
         # that an engine on a GPU needs, so that one may follow; unless somebody wants another.
         for name, wanted in ENVIRONMENT.items():
             os.environ.setdefault(name, wanted)
+    start_pool(threads)
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise DeviceError(

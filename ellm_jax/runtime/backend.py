@@ -18,6 +18,10 @@ Int32Array = np.ndarray[tuple[int], np.dtype[np.int32]]
 OpsFactory = Callable[[jax.Array, jax.Array], ModelOps]
 """From a packed step (`i32[M]`) and its token rows in use (`i32[1]`) to its operations."""
 
+Likeliest = Callable[[jax.Array, jax.Array], jax.Array]
+"""From the scores of sampled rows (`f32[S, V]`) and how many are in use (`i32[1]`) to the likeliest
+token of each (`i32[S]`), as `sampler.greedy` gives them."""
+
 ExtraBytes = Callable[[ModelConfig, StepShape], int]
 """What the kernels of a step take beside what XLA states."""
 
@@ -40,6 +44,7 @@ class Backend:
         compiler_options: of XLA for steps.
         skips_padding: rows past those in use cost next to nothing, so that a step may run on a
             bucket that is far too large. On a GPU only attention skips them.
+        likeliest: takes over what `sampler.greedy` does, for steps without any other row.
     """
 
     make_ops: OpsFactory
@@ -50,6 +55,7 @@ class Backend:
     prepare: Callable[[ModelConfig, StepShape], object] | None = None
     compiler_options: Mapping[str, bool | str] | None = None
     skips_padding: bool = False
+    likeliest: Likeliest | None = None
 
 
 def _native_bytes(config: ModelConfig, shape: StepShape) -> int:
@@ -62,4 +68,6 @@ def _native_bytes(config: ModelConfig, shape: StepShape) -> int:
 def native_backend(placement: jax.sharding.Sharding | None = None) -> Backend:
     """Steps on the CPU, by the native kernels."""
     ops.register()
-    return Backend(ops.NativeOps, _native_bytes, placement, skips_padding=True)
+    return Backend(
+        ops.NativeOps, _native_bytes, placement, skips_padding=True, likeliest=ops.likeliest
+    )

@@ -75,7 +75,6 @@ class StepLayout:
     def __init__(self, shape: StepShape, num_slots: int):
         """Lays out the array; `num_slots` is the slot number that means nowhere."""
         self.shape = shape
-        self._num_slots = num_slots
         self._at: dict[str, slice] = {}
         end = HEADER_WORDS
         sizes = {"spans": SPAN_WORDS * shape.seqs}
@@ -85,6 +84,11 @@ class StepLayout:
             self._at[name] = slice(end, end + size)
             end += size
         self.words = end
+        # What most steps have in most places; packing starts from it.
+        self._blank = np.zeros(end, np.int32)
+        self._blank[self._at["sample_slots"]] = num_slots
+        for name, array in neutral_inputs(shape.seqs)._asdict().items():
+            self._blank[self._at[name]] = array.view(np.int32)
 
     def pack(
         self,
@@ -102,14 +106,14 @@ class StepLayout:
             targets: per token row, in the order of the spans; None: zeros.
         """
         # Plain lists first: one assignment per part costs less than several per sequence.
-        rows: list[tuple[int, int, int, int]] = []
+        rows: list[int] = []
         tokens: list[int] = []
         positions: list[int] = []
         sample_rows: list[int] = []
         sample_slots: list[int] = []
         for span in spans:
             count = len(span.tokens)
-            rows.append((span.slot, span.context_tokens, len(tokens), count))
+            rows += (span.slot, span.context_tokens, len(tokens), count)
             tokens += span.tokens
             if tokens[-1] < 0:
                 tokens[-1] = -1 - span.slot
@@ -118,18 +122,22 @@ class StepLayout:
                 sample_rows.append(len(tokens) - 1)
                 sample_slots.append(span.slot)
 
-        meta = np.zeros(self.words, np.int32)
-        parts = {name: meta[at] for name, at in self._at.items()}
-        parts["spans"][: SPAN_WORDS * len(rows)] = np.asarray(rows, np.int32).reshape(-1)
-        parts["tokens"][: len(tokens)] = tokens
-        parts["positions"][: len(positions)] = positions
-        parts["sample_rows"][: len(sample_rows)] = sample_rows
-        parts["sample_slots"][:] = self._num_slots
-        parts["sample_slots"][: len(sample_slots)] = sample_slots
+        meta = self._blank.copy()
+
+        def put(name: str, values: Sequence[int]) -> None:
+            begin = self._at[name].start
+            meta[begin : begin + len(values)] = values
+
+        put("spans", rows)
+        put("tokens", tokens)
+        put("positions", positions)
+        put("sample_rows", sample_rows)
+        put("sample_slots", sample_slots)
         if targets is not None:
-            parts["targets"][: len(targets)] = targets
-        for name, array in (sampling or neutral_inputs(self.shape.seqs))._asdict().items():
-            parts[name][:] = np.asarray(array).view(np.int32)
+            put("targets", targets)
+        if sampling is not None:
+            for name, array in sampling._asdict().items():
+                meta[self._at[name]] = np.asarray(array).view(np.int32)
         spans_at = self._at["spans"].start
         decodes_only = int(self.shape.decodes_only)
         meta[:6] = (kv_id, len(spans), len(tokens), spans_at, len(sample_rows), decodes_only)

@@ -85,7 +85,7 @@ class StepCompiler:
     def compile_all(self, shapes: Sequence[StepShape]) -> None:
         """Compiles steps of these shapes in the plain mode, several at a time."""
         keys = [key for shape in shapes if (key := StepKey(shape, _PLAIN)) not in self._needs]
-        workers = min(4, os.cpu_count() or 1)
+        workers = min(4, len(os.sched_getaffinity(0)))
         with ThreadPoolExecutor(workers) as pool, self._bar(len(keys), "Compiling steps") as bar:
             jobs = {pool.submit(self._runner.compile, key): key for key in keys}
             try:

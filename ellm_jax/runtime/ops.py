@@ -35,7 +35,9 @@ def attention(
     """Writes k and v of a ragged batch into the KV slots and attends to what the slots hold.
 
     The order among calls that touch the memory is that of the epoch, and only that: pass the epoch
-    of the call before.
+    of the call before. What follows from the result or the epoch keeps the call; it is not marked
+    as one with side effects, because JAX calls programs with such through Python, a millisecond
+    each.
 
     Args:
         q: `[T, Hq, D]`, float32 or bfloat16 like k, v and the memory.
@@ -58,7 +60,6 @@ def attention(
     call = jax.ffi.ffi_call(
         "ellm_attention",
         (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((1,), jnp.int32)),
-        has_side_effect=True,
         input_output_aliases={5: 1},
     )
     out, epoch = call(
@@ -150,6 +151,29 @@ def silu_mul(gate_up: jax.Array, rows: jax.Array) -> jax.Array:
     call = jax.ffi.ffi_call("ellm_silu_mul", jax.ShapeDtypeStruct(shape, gate_up.dtype))
     out: jax.Array = call(gate_up, rows)
     return out
+
+
+def likeliest(scores: jax.Array, rows: jax.Array) -> jax.Array:
+    """The token with the largest score of each row, the lowest among equals; -1 where one is NaN.
+
+    Args:
+        scores: `f32[S, V]`.
+        rows: `i32[1]`, rows in use; the rest of the result is zero.
+
+    Returns:
+        `i32[S]`.
+    """
+    call = jax.ffi.ffi_call("ellm_likeliest", jax.ShapeDtypeStruct((scores.shape[0],), np.int32))
+    out: jax.Array = call(scores, rows)
+    return out
+
+
+def pool_threads() -> int:
+    """Threads of the pool that XLA's CPU backend and these operations share. Takes some ten
+    milliseconds: it runs a program that asks."""
+    call = jax.ffi.ffi_call("ellm_pool_threads", jax.ShapeDtypeStruct((1,), np.int32))
+    with jax.default_device(jax.devices("cpu")[0]):
+        return int(jax.jit(call)()[0])
 
 
 class NativeOps:

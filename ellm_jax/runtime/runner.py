@@ -105,7 +105,10 @@ class Runner:
         self, key: StepKey, layout: StepLayout, sampling: Sampling
     ) -> tuple[StepFunction, int]:
         """A step's function, compiled, and what it needs in bytes."""
-        step = build_step(self._graph, layout, key.mode, self._backend.make_ops, sampling)
+        backend = self._backend
+        step = build_step(
+            self._graph, layout, key.mode, backend.make_ops, sampling, backend.likeliest
+        )
         options = self._backend.compiler_options
         if self._mesh is None:
             call = on_one(step, options)

@@ -209,6 +209,14 @@ def sample(
         (tokens i32[S], state). A token is -1, and not counted, where a logit is NaN; in a row
         with noise also where the largest is infinite.
     """
+    tokens = choose(logits, inputs, state, together=together)
+    return tokens, count(tokens, inputs, state)
+
+
+def choose(
+    logits: jax.Array, inputs: SamplingInputs, state: SamplerState, *, together: bool = False
+) -> jax.Array:
+    """The tokens that ``sample`` gives, before they are counted."""
     if logits.shape[1] > VOCAB_MAX:
         raise ValueError(f"a vocabulary of {logits.shape[1]} tokens: at most {VOCAB_MAX} work")
     tokens: jax.Array = _each_row(
@@ -217,11 +225,16 @@ def sample(
         inputs,
         together=together,
     )
+    return tokens
+
+
+def count(tokens: jax.Array, inputs: SamplingInputs, state: SamplerState) -> SamplerState:
+    """Counts chosen tokens (i32[S]) in the rows' state, -1 and rows without state aside."""
     # An index past the end is dropped: the neutral row stays neutral.
     counted = (inputs.row > 0) & (tokens >= 0)
     row = jnp.where(counted, inputs.row, state.words.shape[0])
     words = state.words.at[row, tokens].add(_COUNT_ONE, mode="drop")
-    return tokens, state._replace(words=words)
+    return state._replace(words=words)
 
 
 def logprobs(

@@ -12,8 +12,8 @@ from jax import lax
 
 from ellm_jax.models.decoder import Decoder
 from ellm_jax.runtime import sampler
-from ellm_jax.runtime.backend import OpsFactory
-from ellm_jax.runtime.batch import StepLayout, resolve_tokens
+from ellm_jax.runtime.backend import Likeliest, OpsFactory
+from ellm_jax.runtime.batch import StepLayout, Unpacked, resolve_tokens
 from ellm_jax.runtime.sampler import Logprobs, SamplerState
 from ellm_jax.runtime.shapes import StepMode
 from ellm_jax.sampling import MAX_LOGPROBS
@@ -70,9 +70,12 @@ def build_step(
     mode: StepMode,
     make_ops: OpsFactory,
     sampling: Sampling = "any",
+    likeliest: Likeliest | None = None,
 ) -> StepFunction:
     """The step of one bucket and mode: (weights, meta, carry, sampler state) -> (result, carry,
     sampler state). To be compiled with `on_one`, or for several devices with `spmd.on_all`.
+
+    With `likeliest`, that is what "any" runs where all rows are greedy and have no state.
     """
     together = sampling != "any"
 
@@ -87,8 +90,10 @@ def build_step(
         logits = model.logits(last, make_ops(meta, batch.num_samples))
         if sampling == "greedy":
             chosen = sampler.greedy(logits, together=together)
-        else:
+        elif likeliest is None:
             chosen, state = sampler.sample(logits, batch.sampling, state, together=together)
+        else:
+            chosen, state = _sample_or_take(logits, batch, state, likeliest)
         result = StepResult(
             tokens=chosen,
             logprobs=sampler.logprobs(logits, chosen, MAX_LOGPROBS, together=together)
@@ -102,6 +107,19 @@ def build_step(
         return result, StepCarry(epoch, last_tokens), state
 
     return step
+
+
+def _sample_or_take(
+    logits: jax.Array, batch: Unpacked, state: SamplerState, likeliest: Likeliest
+) -> tuple[jax.Array, SamplerState]:
+    inputs = batch.sampling
+    wanted = jnp.any((inputs.temperature > 0) | (inputs.row > 0))
+    chosen = lax.cond(
+        wanted,
+        lambda: sampler.choose(logits, inputs, state),
+        lambda: likeliest(logits, batch.num_samples),
+    )
+    return chosen, sampler.count(chosen, inputs, state)
 
 
 def on_one(

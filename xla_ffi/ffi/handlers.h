@@ -6,8 +6,10 @@
 namespace ellm {
 
 extern "C" XLA_FFI_Error* attention_handler(XLA_FFI_CallFrame* call_frame);
+extern "C" XLA_FFI_Error* likeliest_handler(XLA_FFI_CallFrame* call_frame);
 extern "C" XLA_FFI_Error* linear_handler(XLA_FFI_CallFrame* call_frame);
 extern "C" XLA_FFI_Error* linear_int8_handler(XLA_FFI_CallFrame* call_frame);
+extern "C" XLA_FFI_Error* pool_threads_handler(XLA_FFI_CallFrame* call_frame);
 extern "C" XLA_FFI_Error* rms_norm_handler(XLA_FFI_CallFrame* call_frame);
 extern "C" XLA_FFI_Error* silu_mul_handler(XLA_FFI_CallFrame* call_frame);
 

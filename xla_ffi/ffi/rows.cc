@@ -1,4 +1,5 @@
-// XLA FFI handlers of the row-wise operations `ellm_rms_norm` and `ellm_silu_mul`.
+// XLA FFI handlers of the row-wise operations `ellm_rms_norm`, `ellm_silu_mul` and
+// `ellm_likeliest`.
 #include <cstring>
 #include <string>
 
@@ -14,8 +15,9 @@ namespace xf = xla::ffi;
 
 namespace {
 
-// Elements a thread takes at a time; fewer are not worth handing out.
-constexpr int64_t kElementsPerUnit = 16 * 1024;
+// Elements a thread takes at a time; fewer are not worth handing out, which takes as long as the
+// norm of some 100,000.
+constexpr int64_t kElementsPerUnit = 64 * 1024;
 
 xf::Error refuse(const std::string& message) {
   return xf::Error(xf::ErrorCode::kInvalidArgument, message);
@@ -82,6 +84,23 @@ xf::Error silu_mul_impl(xf::ThreadPool pool, xf::AnyBuffer x, xf::Buffer<xf::S32
   });
 }
 
+// scores [S, V], rows s32[1] -> s32[S].
+xf::Error likeliest_impl(xf::ThreadPool pool, xf::Buffer<xf::F32> scores, xf::Buffer<xf::S32> rows,
+                         xf::Result<xf::Buffer<xf::S32>> out) {
+  const auto sd = scores.dimensions();
+  if (sd.size() != 2 || static_cast<int64_t>(out->element_count()) != sd[0]) {
+    return refuse("ellm_likeliest: scores [S, V] and result [S] do not fit");
+  }
+  const float* from = scores.typed_data();
+  int32_t* to = out->typed_data();
+  return for_rows(
+      pool, rows, sd[0], 1, sizeof(int32_t), to, sd[1], [&](int64_t first, int64_t count) {
+        for (int64_t row = first; row < first + count; ++row) {
+          to[row] = static_cast<int32_t>(kernels().likeliest(from + row * sd[1], sd[1]));
+        }
+      });
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(rms_norm_handler, rms_norm_impl,
@@ -99,5 +118,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(silu_mul_handler, silu_mul_impl,
                                   .Arg<xf::AnyBuffer>()
                                   .Arg<xf::Buffer<xf::S32>>()
                                   .Ret<xf::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(likeliest_handler, likeliest_impl,
+                              xf::Ffi::Bind()
+                                  .Ctx<xf::ThreadPool>()
+                                  .Arg<xf::Buffer<xf::F32>>()
+                                  .Arg<xf::Buffer<xf::S32>>()
+                                  .Ret<xf::Buffer<xf::S32>>());
 
 }  // namespace ellm

@@ -95,6 +95,8 @@ struct Kernels {
                    int64_t n, float eps);
   // out[r, i] = silu(x[r, i]) * x[r, n + i]; x has rows of 2 n elements, out of n, all of `type`.
   void (*silu_mul)(const void* x, void* out, ElementType type, int64_t rows, int64_t n);
+  // Index of the largest of n scores, the lowest among equals; -1 where one is NaN.
+  int64_t (*likeliest)(const float* x, int64_t n);
 };
 
 }  // namespace ellm

@@ -1,13 +1,14 @@
 // All kernels of one instruction set.
 #include "kernels/cpu/attention.inl"
+#include "kernels/cpu/likeliest.inl"
 #include "kernels/cpu/linear.inl"
 #include "kernels/cpu/norm.inl"
 
 namespace ellm::ELLM_ISA {
 
 static Kernels make_table(const char* isa) {
-  return {isa,    kLanes, kHasPairs,  to_float, linear,  attend_scratch_floats,
-          attend, merge,  acc_stride, rms_norm, silu_mul};
+  return {isa,    kLanes, kHasPairs,  to_float, linear,   attend_scratch_floats,
+          attend, merge,  acc_stride, rms_norm, silu_mul, likeliest};
 }
 
 }  // namespace ellm::ELLM_ISA
