@@ -190,7 +190,7 @@ TEST(rows_of_long_contexts_do_not_depend_on_how_work_is_cut) {
       for (int64_t window : {0, 1100}) {
         Shape shape;
         shape.type = type;
-        shape.kv_heads = 1;
+        shape.kv_heads = 3;
         shape.tile = 40;
         shape.window = window;
         check_cuts(*kernels, shape, 2071, 16, &random);
