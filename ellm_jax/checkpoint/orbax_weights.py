@@ -2,6 +2,8 @@
 
 Orbax's own restore holds an array up to twice. The arrays are therefore read through TensorStore,
 which Orbax stores them with, block by block into memory that JAX then uses in place.
+
+Both libraries are imported when they are needed: that takes as long as the rest of a start.
 """
 
 from __future__ import annotations
@@ -15,8 +17,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-import tensorstore as ts
 from numpy.typing import NDArray
 
 from ellm_jax.checkpoint.aligned import aligned_empty, blank, blocks_of
@@ -32,6 +32,8 @@ BLOCK_BYTES = 2 << 20
 
 def write_orbax_params(folder: Path, params: Mapping[str, jax.Array]) -> None:
     """Write parameters by dotted name into `folder`; they appear there whole or not at all."""
+    import orbax.checkpoint as ocp
+
     tree: dict[str, Any] = {}
     for name, array in params.items():
         *outer, last = name.split(".")
@@ -63,6 +65,8 @@ def read_orbax_params(
     Raises:
         CheckpointError: if the checkpoint is damaged or not of this model.
     """
+    import tensorstore as ts
+
     root = (folder / ORBAX_FOLDER).absolute()
     shapes = param_shapes(config)
     _check_names(root, set(shapes))
@@ -129,6 +133,8 @@ def _spec(root: Path, name: str) -> dict[str, Any]:
 def _fill(param: NDArray[Any], stored: Any, piece: Piece, layers: range, advance: Advance) -> None:
     """Copy a piece of the stored array block by block, as it was chunked, converting the dtype. Of
     a stacked parameter only these layers."""
+    import tensorstore as ts
+
     source = stored if stored.dtype == param.dtype else ts.cast(stored, param.dtype)
     target = ts.array(param)
     steps = stored.chunk_layout.read_chunk.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,10 @@ peak memory          resident memory, seen from outside, of the process and all 
 start                from starting the process to the first token, model loading included; with
                      empty caches, all that the engine compiles included. Files of the checkpoint
                      may be in the system's memory.
+floor                what no engine can better on these cores: bytes of weights, K and V by the
+                     speed of reading memory, operations by the speed of multiplying matrices. Both
+                     are measured first, the latter with each library that engines bring; the
+                     quickest counts. A batch also reads no more than its longest answer needs.
 first tokens as ours answers whose first token is ours: whether both run the same model. Rounding
                      makes a few differ.
 
@@ -65,6 +70,7 @@ def _run(args: argparse.Namespace) -> int:
     from ellm_jax.assembly import TINY_MODEL
     from ellm_jax.bench.peers.comparison import EngineRuns, compare
     from ellm_jax.bench.peers.cores import choose_cores, cpu_name
+    from ellm_jax.bench.peers.floors import floors, measure_machine
     from ellm_jax.bench.peers.launching import Launches
     from ellm_jax.bench.peers.report import report, table
     from ellm_jax.checkpoint import read_config
@@ -91,6 +97,8 @@ def _run(args: argparse.Namespace) -> int:
         ready, failed = _prepare(args, launches, model, precision, tell)
         if args.install_only:
             return _tell_installed(args, failed)
+        tell("measuring how fast the machine reads memory and multiplies")
+        machine = measure_machine([launches.ours(), *ready], precision)
         found = compare(launches.ours(), ready, _rules(args, config, workload, cores), tell)
     engines = {name: found.get(name) or EngineRuns() for name in (OURS, *_chosen(args))}
     for name, reason in failed.items():
@@ -103,7 +111,12 @@ def _run(args: argparse.Namespace) -> int:
         "processor": cpu_name(),
         "rounds": args.rounds,
         "workload": _sizes(workload),
-        **report(engines, workload.titles()),
+        "machine": None if machine is None else dataclasses.asdict(machine),
+        **report(
+            engines,
+            workload.titles(),
+            None if machine is None else floors(machine, config, precision, workload),
+        ),
     }
     bench_options.publish(args, result, table(result))
     if args.picture is not None:

@@ -58,7 +58,7 @@ def add_command(commands: Any) -> None:
         "--stats", action="store_true", help="say at the end where memory and time went"
     )
     options.add_sampling_options(parser, max_tokens=200, temperature=0.8)
-    options.add_engine_options(parser, max_num_seqs=None)
+    options.add_engine_options(parser, max_num_seqs=None, warm_up=False)
     parser.set_defaults(run=run)
 
 
@@ -72,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
     prompts = [_chat(text, args.system) if args.chat else text for text in texts]
     with plain_errors():
         params = options.sampling_params(args, max_tokens=200, temperature=0.8)
-        config = options.engine_config(args, max_num_seqs=_seats(len(prompts) * params.n))
+        # Who waits for one answer waits for the steps that it needs, and for no others.
+        seats = _seats(len(prompts) * params.n)
+        config = options.engine_config(args, max_num_seqs=seats, warm_up=False)
         engine = Engine.from_pretrained(args.model, config)
     with engine:
         begin_s = time.monotonic()

@@ -103,6 +103,11 @@ def _add(group: Any, cls: type[Any], defaults: Mapping[str, Any], leave_out: Seq
         # SUPPRESS: only what was given reaches the namespace, the rest is the class's business.
         common = {"dest": f"{cls.__name__}.{field.name}", "default": argparse.SUPPRESS}
         flag = field.name.replace("_", "-")
+        if kinds[field.name] is bool and field.name in defaults:
+            # Whoever is used to the class's own default may say that, or the other.
+            both = argparse.BooleanOptionalAction
+            group.add_argument(f"--{flag}", action=both, help=_escaped(text), **common)
+            continue
         if kinds[field.name] is bool:
             if default:
                 flag = _RENAMED_SWITCHES.get(field.name, f"no-{flag}")

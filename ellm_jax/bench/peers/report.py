@@ -8,6 +8,7 @@ from typing import Any
 
 from ellm_jax.bench.peers.catalogue import OURS
 from ellm_jax.bench.peers.comparison import EngineRuns, agreement, best_of, ratios
+from ellm_jax.bench.peers.floors import reached
 from ellm_jax.bench.tables import Row, columns
 
 _NONE = "-"
@@ -15,18 +16,28 @@ _QUIET = 0.1
 """A share of busy cores that does not disturb."""
 
 
-def report(found: Mapping[str, EngineRuns], titles: Mapping[str, str]) -> dict[str, Any]:
+def report(
+    found: Mapping[str, EngineRuns],
+    titles: Mapping[str, str],
+    floor: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
     """The engines for JSON: figures of each run and their medians, and how ours compares.
 
     Args:
         found: by engine; ours among them.
         titles: names of the figures, by key.
+        floor: what no engine can better, by key, where it is known.
     """
     engines = dict(found)
+    floor = floor or {}
     best = best_of(engines, OURS)
     compared = {name: ratios(engines, OURS, name) for name in engines if name != OURS}
     return {
         "figures": dict(titles),
+        "floor": {
+            "figures": dict(floor),
+            "reached": {name: reached(floor, engines[name].median) for name in engines},
+        },
         "engines": {
             name: {
                 "versions": engine.versions,
@@ -55,8 +66,9 @@ def report(found: Mapping[str, EngineRuns], titles: Mapping[str, str]) -> dict[s
 
 
 def table(reported: Mapping[str, Any]) -> str:
-    """The figures, a column for each engine that gave any; how many times better ours is; what
-    failed; and whether the machine was at rest."""
+    """The figures, a column for each engine that gave any, and for the floor where it is known; how
+    near each comes to that; how many times better ours is; what failed; and whether the machine was
+    at rest."""
     engines = reported["engines"]
     ran = {name: engine for name, engine in engines.items() if engine["median"]}
     titles = reported["figures"]
@@ -65,7 +77,13 @@ def table(reported: Mapping[str, Any]) -> str:
         rows: list[Row] = [("version", _version), ("precision", lambda e: e["precision"] or _NONE)]
         titles = {k: t for k, t in titles.items() if any(k in e["median"] for e in ran.values())}
         rows += [(title, _figure(key)) for key, title in titles.items()]
-        parts.append(columns(rows, ran))
+        floor = reported["floor"]["figures"]
+        bound = {"floor": {"versions": {}, "precision": "", "median": floor}} if floor else {}
+        parts.append(columns(rows, {**ran, **bound}))
+        rows = [(title, _share(key)) for key, title in titles.items() if key in floor]
+        if rows:
+            shares = {name: reported["floor"]["reached"][name] for name in ran}
+            parts.append(f"share of the floor that is reached\n{columns(rows, shares)}")
     others = {name: engine for name, engine in ran.items() if engine["ours_is_better_by"]}
     if others:
         rows = [(title, _ratio(key)) for key, title in titles.items()]
@@ -113,6 +131,13 @@ def _ratio(key: str) -> Any:
     def write(engine: Mapping[str, Any]) -> str:
         value = engine["ours_is_better_by"].get(key)
         return _NONE if value is None else f"{value:.2f}x"
+
+    return write
+
+
+def _share(key: str) -> Any:
+    def write(reached: Mapping[str, Any]) -> str:
+        return f"{reached[key]:.0%}" if key in reached else _NONE
 
     return write
 
