@@ -7,6 +7,7 @@ namespace ellm {
 
 extern "C" XLA_FFI_Error* attention_handler(XLA_FFI_CallFrame* call_frame);
 extern "C" XLA_FFI_Error* linear_handler(XLA_FFI_CallFrame* call_frame);
+extern "C" XLA_FFI_Error* linear_int4_handler(XLA_FFI_CallFrame* call_frame);
 extern "C" XLA_FFI_Error* linear_int8_handler(XLA_FFI_CallFrame* call_frame);
 extern "C" XLA_FFI_Error* rms_norm_handler(XLA_FFI_CallFrame* call_frame);
 extern "C" XLA_FFI_Error* silu_mul_handler(XLA_FFI_CallFrame* call_frame);
