@@ -78,9 +78,6 @@ void bind_int4(nb::module_& m) {
         "scales"_a.noconvert(), doc);
   m.def("pack_int4", &pack, "steps"_a.noconvert(), "values"_a.noconvert(),
         "Rows of steps, 0 to 15, to where the int4 kernels read them.");
-  m.def(
-      "int4_isa", [] { return int4_kernels().isa; },
-      "The instruction set of the int4 kernels in use.");
 }
 
 }  // namespace ellm

@@ -7,9 +7,11 @@
 namespace ellm {
 
 namespace {
-// Bytes of weights a thread takes at a time: enough to hide handing them out, few enough to share
-// the work of a layer evenly.
-constexpr int64_t kUnitBytes = 32 * 1024;
+// Bytes of weights a thread takes at a time: enough to hide handing them out and what is prefetched
+// past the end, few enough to share the work of a layer evenly.
+constexpr int64_t kUnitBytes = 128 * 1024;
+// Units of a layer, at least, where it has as many pairs of panels.
+constexpr int64_t kFewestUnits = 8;
 // What is taken together by the kernels, at most.
 constexpr int64_t kPanelsTogether = 2;
 // Multiplications, and elements to quantise, below which handing out costs more than it saves.
@@ -65,8 +67,8 @@ void int4_linear(const Int4Kernels& kernels, const void* x, ElementType x_type,
     return;
   }
   const int64_t panel_bytes = all.stride * kInt4Columns / 2;
-  const int64_t fitting = kUnitBytes / panel_bytes / kPanelsTogether * kPanelsTogether;
-  const int64_t step = std::max(kPanelsTogether, fitting);
+  const int64_t most = std::min(kUnitBytes / panel_bytes, panels / kFewestUnits);
+  const int64_t step = std::max(kPanelsTogether, most / kPanelsTogether * kPanelsTogether);
   parallel((panels + step - 1) / step, [&](int64_t unit) {
     kernels.linear(args, unit * step, std::min(panels, (unit + 1) * step));
   });

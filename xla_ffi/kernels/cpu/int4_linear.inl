@@ -4,10 +4,17 @@
 
 namespace ellm::ELLM_ISA {
 
-// Rows of x that share each load of w, at most, and panels that share each load of x: the sums of
-// a block fill the register file beside the operands.
-constexpr int kInt4Rows = kLanes == 16 ? 6 : kLanes == 8 ? 3 : 2;
+// Panels that share each load of x where there are many rows, and rows that share each load of NP
+// panels, at most: the sums of a block fill the register file beside the operands.
 constexpr int kInt4Panels = kLanes == 16 ? 2 : 1;
+constexpr int int4_rows_of(int panels) {
+  return kLanes == 16 ? (panels == 1 ? 8 : 6) : kLanes == 8 ? 3 : 2;
+}
+
+// Few rows wait for the weights. Panel by panel these are one stretch of memory, asked for so many
+// bytes ahead: more than the processor looks ahead by itself.
+constexpr int64_t kAheadBytes = 4096;
+constexpr int64_t kAheadScales = 256;
 
 constexpr int64_t kBytesPerEight = 4 * kInt4Columns;
 
@@ -30,8 +37,9 @@ static inline void multiply_group(const int8_t* x, int64_t x_stride, const uint8
       typename Steps::Weights low[NP][kVectors], high[NP][kVectors];
       for (int p = 0; p < NP; ++p) {
         for (int v = 0; v < kVectors; ++v) {
-          Steps::weights(w + p * panel_bytes + i / 8 * kBytesPerEight + v * kLanes * 4, &low[p][v],
-                         &high[p][v]);
+          const uint8_t* at = w + p * panel_bytes + i / 8 * kBytesPerEight + v * kLanes * 4;
+          if (NP == 1 && v == 0) __builtin_prefetch(at + kAheadBytes);
+          Steps::weights(at, &low[p][v], &high[p][v]);
         }
       }
       for (int m = 0; m < MR; ++m) {
@@ -67,6 +75,7 @@ static inline void int4_block(const Int4Args& a, int64_t m, int64_t panel) {
     const int64_t columns = (panel * groups + g) * kInt4Columns;
     const int32_t* x_sums = a.x.sums + row_scales + g;
     const float* x_scales = a.x.scales + row_scales + g;
+    if (NP == 1) __builtin_prefetch(a.w.scales + columns + kAheadScales);
     IVec totals[MR][NP][kVectors];
     for (int p = 0; p < NP; ++p) {
       for (int v = 0; v < kVectors; ++v) {
@@ -115,10 +124,11 @@ static inline void int4_rows(const Int4Args& a, int64_t mr, int64_t m, int64_t p
 template <int NP, bool HasZeros, class Out>
 static inline void int4_panels(const Int4Args& a, int64_t panel) {
   // Blocks of nearly the same height.
-  int64_t blocks = (a.rows + kInt4Rows - 1) / kInt4Rows;
+  constexpr int kRows = int4_rows_of(NP);
+  int64_t blocks = (a.rows + kRows - 1) / kRows;
   for (int64_t m = 0; m < a.rows; --blocks) {
     const int64_t mr = (a.rows - m + blocks - 1) / blocks;
-    int4_rows<kInt4Rows, NP, HasZeros, Out>(a, mr, m, panel);
+    int4_rows<kRows, NP, HasZeros, Out>(a, mr, m, panel);
     m += mr;
   }
 }
@@ -126,8 +136,10 @@ static inline void int4_panels(const Int4Args& a, int64_t panel) {
 template <bool HasZeros, class Out>
 static void int4_linear_typed(const Int4Args& a, int64_t begin, int64_t end) {
   int64_t panel = begin;
-  for (; panel + kInt4Panels <= end; panel += kInt4Panels) {
-    int4_panels<kInt4Panels, HasZeros, Out>(a, panel);
+  if (a.rows > int4_rows_of(1)) {
+    for (; panel + kInt4Panels <= end; panel += kInt4Panels) {
+      int4_panels<kInt4Panels, HasZeros, Out>(a, panel);
+    }
   }
   for (; panel < end; ++panel) int4_panels<1, HasZeros, Out>(a, panel);
 }
