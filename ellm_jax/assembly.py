@@ -111,7 +111,7 @@ def assemble(
     pool = device.make_pool(layout.chunk_bytes, limit_bytes)
     quantization: str | Quantization | None = config.quantization
     if device.platform == "cpu" and config.load_format != "dummy":
-        quantization = resolve_quantization(path, model_config, quantization)
+        quantization = resolve_quantization(path, model_config, config.quantization)
     weights = weights_bytes(model_config, dtype, device.shards, quantization)
     try:
         pool.reserve("weights", weights)
