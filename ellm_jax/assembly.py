@@ -11,7 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from ellm_jax._native import OutOfMemory
-from ellm_jax.checkpoint import load_model, read_config, resolve_dtype, weights_bytes
+from ellm_jax.checkpoint import (
+    load_model,
+    read_config,
+    resolve_dtype,
+    resolve_quantization,
+    weights_bytes,
+)
 from ellm_jax.config import EngineConfig, format_bytes
 from ellm_jax.devices import Device, DeviceGroup, open_devices
 from ellm_jax.executor import DeviceExecutor
@@ -21,6 +27,7 @@ from ellm_jax.memory.host_tier import HostTier
 from ellm_jax.memory.ledger import Ledger
 from ellm_jax.models.config import ModelConfig
 from ellm_jax.models.decoder import Decoder
+from ellm_jax.models.quantization import Quantization, quantization_of
 from ellm_jax.request import Request
 from ellm_jax.runtime.buckets import Buckets
 from ellm_jax.runtime.compiler import StepCompiler, use_compilation_cache
@@ -102,14 +109,17 @@ def assemble(
     element_bytes = 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
     layout = device.choose_layout(model_config, element_bytes, max_model_len, config.max_num_seqs)
     pool = device.make_pool(layout.chunk_bytes, limit_bytes)
-    weights = weights_bytes(model_config, dtype, device.shards, config.quantization)
+    quantization: str | Quantization | None = config.quantization
+    if device.platform == "cpu" and config.load_format != "dummy":
+        quantization = resolve_quantization(path, model_config, config.quantization)
+    weights = weights_bytes(model_config, dtype, device.shards, quantization)
     try:
         pool.reserve("weights", weights)
     except OutOfMemory as error:
+        held_in = quantization_of(quantization).name if quantization else dtype
         raise MemoryError(
             f"device_memory is {format_bytes(limit_bytes)}, the weights alone take "
-            f"{format_bytes(weights)} in {config.quantization or dtype}; raise device_memory, or "
-            "choose a smaller model"
+            f"{format_bytes(weights)} in {held_in}; raise device_memory, or choose a smaller model"
         ) from error
     kv = device.make_kv(pool, layout)
     rules = POLICIES[config.policy](
@@ -132,7 +142,7 @@ def assemble(
             load_format=config.load_format,
             placement=backend.placement,
             shards=device.shards,
-            quantization=config.quantization,
+            quantization=quantization,
         )[0]
 
     runner = Runner(

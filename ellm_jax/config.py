@@ -18,7 +18,7 @@ DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
 """Where weights come from."""
 
-QUANTIZATIONS = ("int8",)
+QUANTIZATIONS = ("int8", "int4", "int4-g128")
 """How weights may be held in less than the dtype of the computation."""
 
 _MAX_BYTES = 2**60
@@ -93,7 +93,10 @@ class EngineConfig:
         quantization: "int8": the matrices of linear layers and of the output head are quantised
             when they are loaded, each output with a scale of its own, and what they multiply is
             quantised row by row as it comes; embeddings, norms and KV stay in `dtype`. About half
-            the bytes of bfloat16. On the CPU only. None: weights in `dtype`.
+            the bytes of bfloat16. "int4": four bits, each 32 inputs of an output with a scale of
+            their own, "int4-g128" each 128; the output head is int8. About a quarter of the bytes.
+            On the CPU only. None: weights as the checkpoint has them, which may be quantised
+            already (GPTQ, AWQ, compressed-tensors in 4 or 8 bits).
         max_model_len: most tokens of prompt and output together; None: the model's context.
         max_num_seqs: most requests that run at once; at most 4096.
         max_batch_tokens: most tokens of a step, at most 65536; longer prompts are prefilled in

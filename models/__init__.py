@@ -10,19 +10,25 @@ from typing import Any, Protocol
 
 from ellm_jax.models import llama, mistral, qwen2, qwen3
 from ellm_jax.models.config import ModelConfig, ModelConfigError, RopeConfig
-from ellm_jax.models.params import held_params, param_shapes, scale_of
+from ellm_jax.models.params import held_params, param_shapes, scale_of, zero_of
+from ellm_jax.models.quantization import NAMED, Format, Quantization, quantization_of
 from ellm_jax.models.tensors import Placement
 
 __all__ = [
+    "NAMED",
+    "Format",
     "ModelConfig",
     "ModelConfigError",
     "Placement",
+    "Quantization",
     "RopeConfig",
     "checkpoint_tensors",
     "config_from_hf",
     "held_params",
     "param_shapes",
+    "quantization_of",
     "scale_of",
+    "zero_of",
 ]
 
 

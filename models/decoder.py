@@ -14,7 +14,8 @@ from jax.typing import DTypeLike
 from ellm_jax.models.collectives import closed, embedded, scored
 from ellm_jax.models.config import ModelConfig
 from ellm_jax.models.ops import ModelOps
-from ellm_jax.models.params import Held, held_params, scale_of
+from ellm_jax.models.params import Held, held_params, param_shapes, scale_of, zero_of
+from ellm_jax.models.quantization import Quantization
 from ellm_jax.models.rope import apply_rotation, rotation
 from ellm_jax.models.shards import CLOSING, WHOLE, Shards
 
@@ -47,10 +48,11 @@ def _product(
     name: str,
     x: jax.Array,
     layer: jax.Array | None,
+    outputs: int,
     out_dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    """x times a matrix of `owner`, in whichever way it is held; one that is not stacked over layers
-    has no `layer`."""
+    """x times a matrix of `owner` with so many outputs, in whichever way it is held; one that is
+    not stacked over layers has no `layer`."""
 
     def stacked(param: str) -> jax.Array:
         array: jax.Array = getattr(owner, param)[...]
@@ -58,8 +60,11 @@ def _product(
 
     index = jnp.int32(0) if layer is None else layer
     if hasattr(owner, scale_of(name)):
-        scale = stacked(scale_of(name))
-        return ops.linear_int8(x, stacked(name), scale, index, out_dtype)
+        weight, scale = stacked(name), stacked(scale_of(name))
+        if weight.dtype == jnp.int8:
+            return ops.linear_int8(x, weight, scale, index, out_dtype)
+        zero = stacked(zero_of(name)) if hasattr(owner, zero_of(name)) else None
+        return ops.linear_int4(x, weight, scale, zero, index, outputs, out_dtype)
     return ops.linear(x, stacked(name), index, out_dtype)
 
 
@@ -67,7 +72,12 @@ class Blocks(nnx.Module):
     """The layers' parameters, each stacked over all layers; see `held_params`."""
 
     def __init__(
-        self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs, quantization: str | None
+        self,
+        config: ModelConfig,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        quantization: str | Quantization | None,
     ):
         for name, held in held_params(config, quantization).items():
             if name.startswith("blocks."):
@@ -97,7 +107,7 @@ class Decoder(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
         shards: Shards = WHOLE,
-        quantization: str | None = None,
+        quantization: str | Quantization | None = None,
     ):
         self.config = config
         self.shards = shards
@@ -113,7 +123,7 @@ class Decoder(nnx.Module):
         config: ModelConfig,
         params: Mapping[str, jax.Array],
         shards: Shards = WHOLE,
-        quantization: str | None = None,
+        quantization: str | Quantization | None = None,
     ) -> Decoder:
         """A decoder of existing arrays: those of `held_params`, by dotted name. Divided, they are
         of `Shards.joint_shape`: the parts of the devices behind each other."""
@@ -156,7 +166,7 @@ class Decoder(nnx.Module):
 
             def linear(x: jax.Array, name: str) -> jax.Array:
                 def product(x: jax.Array) -> jax.Array:
-                    return _product(ops, blocks, name, x, layer)
+                    return _product(ops, blocks, name, x, layer, self._outputs(f"blocks.{name}"))
 
                 y = closed(shards, product, x) if name in CLOSING else product(x)
                 return y + this[f"{name}_bias"] if f"{name}_bias" in this else y
@@ -181,8 +191,13 @@ class Decoder(nnx.Module):
     def logits(self, hidden: jax.Array, ops: ModelOps) -> jax.Array:
         """Scores of every token of the vocabulary: `[R, H]` in, `f32[R, V]` out."""
         head = "lm_head" if hasattr(self, "lm_head") else "embed"
-        part = _product(ops, self, head, hidden, None, jnp.float32)
+        part = _product(ops, self, head, hidden, None, self._outputs("embed"), jnp.float32)
         return scored(self.shards, part, self.config.vocab_size)
+
+    def _outputs(self, matrix: str) -> int:
+        """Of a device's part of it."""
+        shape = self.shards.part_shape(matrix, param_shapes(self.config)[matrix])
+        return shape[-2]
 
     def _split_heads(self, qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`[T, (Hq + 2 Hkv) D]` to `[T, Hq, D]`, `[T, Hkv, D]` and `[T, Hkv, D]`: the device's

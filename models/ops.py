@@ -61,6 +61,37 @@ class ModelOps(Protocol):
         """
         ...
 
+    def linear_int4(
+        self,
+        x: jax.Array,
+        weight: jax.Array,
+        scale: jax.Array,
+        zero: jax.Array | None,
+        layer: jax.Array,
+        outputs: int,
+        out_dtype: DTypeLike | None = None,
+    ) -> jax.Array:
+        """`x @ (scale[layer] * (weight[layer] - zero[layer])).T` for weights in 4 bits, held as
+        `Format` says.
+
+        Each group of a row of x is quantised to int8 as `linear_int8` does with a whole row. Within
+        a group the products are summed exactly; then the sums are multiplied in float32 by both
+        scales, and added.
+
+        Args:
+            x: `[T, K]`.
+            weight: `u8[L, N / 16, K / group, 8 group]`, all layers.
+            scale: `f16[L, N / 16, K / group, 16]`.
+            zero: `u8`, like `scale`; None: 8.
+            layer: `i32[]`.
+            outputs: N.
+            out_dtype: of the result; None takes that of x.
+
+        Returns:
+            `[T, N]`.
+        """
+        ...
+
     def rms_norm(self, x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
         """Divide the last axis by its root mean square and multiply by `scale`, in float32.
 

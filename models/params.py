@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ellm_jax.models.config import ModelConfig
+from ellm_jax.models.quantization import PANEL_OUTPUTS, Format, Quantization, quantization_of
 
 Shape = tuple[int, ...]
-
-_MATRICES = ("blocks.qkv", "blocks.o", "blocks.gate_up", "blocks.down", "lm_head")
 
 
 class Held(NamedTuple):
@@ -16,7 +15,7 @@ class Held(NamedTuple):
 
     Attributes:
         shape: of all of it.
-        dtype: "int8" or "float32"; None: that of the computation.
+        dtype: None: that of the computation.
     """
 
     shape: Shape
@@ -24,27 +23,48 @@ class Held(NamedTuple):
 
 
 def scale_of(matrix: str) -> str:
-    """The name of the scales of a matrix that is held as int8."""
+    """The name of the scales of a quantised matrix."""
     return f"{matrix}_scale"
 
 
-def held_params(config: ModelConfig, quantization: str | None) -> dict[str, Held]:
+def zero_of(matrix: str) -> str:
+    """The name of the zero points of a matrix that is held in 4 bits with such."""
+    return f"{matrix}_zero"
+
+
+def held_params(config: ModelConfig, quantization: str | Quantization | None) -> dict[str, Held]:
     """What a decoder holds, by dotted name: with None the parameters of `param_shapes`.
 
-    With "int8", the only other, every matrix of a linear layer is int8, with a float32 scale per
-    output in a parameter of its own, `scale_of(name)`, without the last axis. Embeddings and
-    vectors stay as they are; where the output head is the embedding, "lm_head" is held beside it.
+    A quantised matrix is followed by its scales, `scale_of(name)`, and its zero points,
+    `zero_of(name)`, where it has such; `Format` says their shapes. Embeddings and vectors stay as
+    they are; where the output head is the embedding, a quantised "lm_head" is held beside it.
     """
     held: dict[str, Held] = {}
+    chosen = quantization_of(quantization)
     shapes = param_shapes(config)
-    if quantization is not None:
+    if chosen.head is not None:
         shapes.setdefault("lm_head", shapes["embed"])
     for name, shape in shapes.items():
-        if quantization is None or name not in _MATRICES:
+        form = chosen.format_of(name)
+        if form is None:
             held[name] = Held(shape, None)
-        else:
-            held[name] = Held(shape, quantization)
+        elif form.bits == 8:
+            held[name] = Held(shape, "int8")
             held[scale_of(name)] = Held(shape[:-1], "float32")
+        else:
+            held |= _in_panels(name, shape, form)
+    return held
+
+
+def _in_panels(name: str, shape: Shape, form: Format) -> dict[str, Held]:
+    *outer, outputs, inputs = shape
+    groups = (*outer, -(-outputs // PANEL_OUTPUTS), -(-inputs // form.group))
+    held = {
+        name: Held((*groups, 8 * form.group), "uint8"),
+        scale_of(name): Held((*groups, PANEL_OUTPUTS), "float16"),
+    }
+    if form.zeros:
+        held[zero_of(name)] = Held((*groups, PANEL_OUTPUTS), "uint8")
     return held
 
 

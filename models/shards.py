@@ -27,12 +27,15 @@ _BY_OUTPUTS: Mapping[str, int] = MappingProxyType(
         "embed": 0,
         "lm_head": 0,
         "lm_head_scale": 0,
+        "lm_head_zero": 0,
         "blocks.qkv": 1,
         "blocks.qkv_bias": 1,
         "blocks.qkv_scale": 1,
+        "blocks.qkv_zero": 1,
         "blocks.gate_up": 1,
         "blocks.gate_up_bias": 1,
         "blocks.gate_up_scale": 1,
+        "blocks.gate_up_zero": 1,
     }
 )
 
@@ -93,7 +96,7 @@ class Shards:
         kind = name.removeprefix("blocks.")
         if kind in CLOSING:
             return 1 if self.exact else 2
-        if self.exact and kind.removesuffix("_scale") in CLOSING:
+        if self.exact and kind.removesuffix("_scale").removesuffix("_zero") in CLOSING:
             return 1
         return _BY_OUTPUTS.get(name)
 

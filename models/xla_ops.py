@@ -47,6 +47,39 @@ class XlaOps:
         y = sums.astype(jnp.float32) * x_scale * scale[layer]
         return y.astype(x.dtype if out_dtype is None else out_dtype)
 
+    def linear_int4(
+        self,
+        x: jax.Array,
+        weight: jax.Array,
+        scale: jax.Array,
+        zero: jax.Array | None,
+        layer: jax.Array,
+        outputs: int,
+        out_dtype: DTypeLike | None = None,
+    ) -> jax.Array:
+        """See `ModelOps.linear_int4`."""
+        panels, groups, eights = weight.shape[1:]
+        tokens, inputs = x.shape
+        group = eights // 8
+        # A panel's bytes run along: eight inputs, output, input of four.
+        packed = weight[layer].reshape(panels, groups, group // 8, 16, 4)
+        both = jnp.stack([packed & 15, packed >> 4], axis=-2)
+        steps = both.transpose(0, 3, 1, 2, 4, 5).reshape(panels * 16, groups, group)
+
+        def by_output(array: jax.Array) -> jax.Array:
+            return array[layer].swapaxes(1, 2).reshape(panels * 16, groups)
+
+        shift = 8 if zero is None else by_output(zero).astype(jnp.int32)[..., None]
+        padded = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, groups * group - inputs)))
+        wide = padded.reshape(tokens, groups, group)
+        largest = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
+        x_scale = jnp.where(largest < 1e-30, 0, largest / 127)
+        values = jnp.where(x_scale == 0, 0, jnp.rint(wide / jnp.where(x_scale == 0, 1, x_scale)))
+        sums = jnp.einsum("tgk,ngk->tng", values.astype(jnp.int32), steps.astype(jnp.int32) - shift)
+        scales = by_output(scale).astype(jnp.float32) * x_scale.swapaxes(1, 2)
+        y = jnp.sum(sums.astype(jnp.float32) * scales, axis=-1)[:, :outputs]
+        return y.astype(x.dtype if out_dtype is None else out_dtype)
+
     def rms_norm(self, x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
         """See `ModelOps.rms_norm`."""
         wide = x.astype(jnp.float32)

@@ -34,6 +34,8 @@ _SAFETENSORS_DTYPES = {
     "float16": "F16",
     "bfloat16": "BF16",
     "float64": "F64",
+    "int8": "I8",
+    "int32": "I32",
     "int64": "I64",
 }
 

@@ -353,8 +353,31 @@ def quantize_int8(
         scales: `[N]`, written.
     """
 
+def quantize_int4(
+    x: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
+    values: npt.NDArray[np.uint8],
+    scales: npt.NDArray[np.uint16],
+) -> None:
+    """Rows of numbers to steps from 0 to 15 and a float16 scale for each group of inputs: a number
+    is about `scale * (step - 8)`.
+
+    Of several scales around the extreme of a group over -8, the one with the least squared error
+    is taken. A group below 1e-6 all over gets the scale 0; one with a NaN, an infinity or a number
+    from 4e5 on, the scale NaN.
+
+    Args:
+        x: `[N, K]`, row-major; uint16 is the bits of bfloat16.
+        values: `[N / 16, K / group, 8 group]`, rounded up, group 32 or 128, written: two steps to a
+            byte. Byte 4 c + b of the 64 for inputs i to i + 7 holds, of output c of the panel, that
+            of input i + b in its low half and that of i + 4 + b in its high half.
+        scales: `[N / 16, K / group, 16]`, the bits of float16, written.
+    """
+
+def pack_int4(steps: npt.NDArray[np.uint8], values: npt.NDArray[np.uint8]) -> None:
+    """Steps from 0 to 15, `[N, K]`, to where `quantize_int4` puts them. What fills up is 8."""
+
 def int8_isa() -> str:
-    """The instruction set of the int8 kernels in use."""
+    """The instruction set of the int8 and int4 kernels in use."""
 
 def cpu_isa() -> str:
     """The instruction set of the kernels in use: "avx512", "avx2" or "generic"."""

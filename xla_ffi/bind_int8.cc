@@ -39,7 +39,7 @@ void bind_int8(nb::module_& m) {
         "scales"_a.noconvert(), doc);
   m.def(
       "int8_isa", [] { return int8_kernels().isa; },
-      "The instruction set of the int8 kernels in use.");
+      "The instruction set of the int8 and int4 kernels in use.");
 }
 
 }  // namespace ellm

@@ -17,6 +17,7 @@ namespace ellm {
 void bind_pool(nanobind::module_& m);
 void bind_kv(nanobind::module_& m);
 void bind_tiers(nanobind::module_& m);
+void bind_int4(nanobind::module_& m);
 void bind_int8(nanobind::module_& m);
 void bind_cuda_attention(nanobind::module_& m);
 void bind_devices(nanobind::module_& m);

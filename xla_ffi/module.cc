@@ -24,6 +24,7 @@ NB_MODULE(_native, m) {
   bind_pool(m);
   bind_kv(m);
   bind_tiers(m);
+  bind_int4(m);
   bind_int8(m);
   bind_cuda_attention(m);
   m.def("ffi_registrations", &ffi_registrations, "FFI target name -> capsule of its handler.");

@@ -6,6 +6,7 @@ from ellm_jax.checkpoint.convert import convert
 from ellm_jax.checkpoint.directory import read_config
 from ellm_jax.checkpoint.errors import CheckpointError
 from ellm_jax.checkpoint.load import COMPUTE_DTYPES, load_model, resolve_dtype, weights_bytes
+from ellm_jax.checkpoint.stored_weights import resolve_quantization
 
 __all__ = [
     "COMPUTE_DTYPES",
@@ -14,5 +15,6 @@ __all__ = [
     "load_model",
     "read_config",
     "resolve_dtype",
+    "resolve_quantization",
     "weights_bytes",
 ]

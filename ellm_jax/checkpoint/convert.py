@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ellm_jax.checkpoint.directory import checkpoint_directory, read_json
 from ellm_jax.checkpoint.errors import CheckpointError
+from ellm_jax.checkpoint.layouts import QUANTIZATION_FIELDS
 from ellm_jax.checkpoint.load import load_model, resolve_dtype, weights_bytes
 from ellm_jax.checkpoint.orbax_weights import write_orbax_params
 from ellm_jax.checkpoint.progress import ProgressCallback, report
@@ -34,8 +35,9 @@ def convert(
 ) -> Path:
     """Write the model in `src` to `dst` as an Orbax checkpoint that `load_model` reads.
 
-    The parameters are those that `load_model(src, dtype=dtype)` gives, bit by bit, and config.json
-    says their dtype. Weights are written last and appear whole or not at all.
+    The parameters are those that `load_model(src, dtype=dtype)` gives, bit by bit, so quantised
+    ones are dequantised; config.json says their dtype. Weights are written last and appear whole or
+    not at all.
 
     Returns:
         `dst`.
@@ -55,7 +57,8 @@ def convert(
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     raw = read_json(source / "config.json")
-    raw.pop("torch_dtype", None)
+    for field in ("torch_dtype", *QUANTIZATION_FIELDS):
+        raw.pop(field, None)
     (target / "config.json").write_text(json.dumps({**raw, "dtype": chosen}, indent=2) + "\n")
     total_bytes = weights_bytes(config, chosen)
     with report(progress, "Writing weights", total_bytes) as advance:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ellm_jax.checkpoint.errors import CheckpointError, a_few
+from ellm_jax.checkpoint.layouts import QUANTIZATION_FIELDS, layout_of
+from ellm_jax.checkpoint.packed import Layout
 from ellm_jax.checkpoint.safetensors_file import DTYPES, SafetensorsFile
 from ellm_jax.models import ModelConfig, ModelConfigError, config_from_hf
 
@@ -23,11 +25,15 @@ def read_config(path: str | Path) -> ModelConfig:
     token ends a turn. Where config.json names no dtype, that of the first tensor counts.
 
     Raises:
-        CheckpointError: if the directory or a file in it is missing or is not JSON.
+        CheckpointError: if the directory or a file in it is missing or is not JSON, or weights are
+            quantised in a format that is not read.
         ModelConfigError: if the model is invalid or not supported.
     """
     folder = checkpoint_directory(path)
     raw = read_json(folder / "config.json")
+    layout_of(raw)
+    for field in QUANTIZATION_FIELDS:
+        raw.pop(field, None)
     try:
         config = config_from_hf(raw)
         if not (raw.get("dtype") or raw.get("torch_dtype")):
@@ -38,6 +44,11 @@ def read_config(path: str | Path) -> ModelConfig:
     except ModelConfigError as error:
         raise ModelConfigError(f"{folder}: {error}") from error
     return config
+
+
+def read_layout(folder: Path) -> Layout | None:
+    """How quantised weights are stored; None where they are not. See `layout_of`."""
+    return None if has_orbax_weights(folder) else layout_of(read_json(folder / "config.json"))
 
 
 def checkpoint_directory(path: str | Path) -> Path:

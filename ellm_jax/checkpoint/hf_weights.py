@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ellm_jax.checkpoint.aligned import aligned_empty, blank, blocks_of
 from ellm_jax.checkpoint.errors import CheckpointError, a_few
+from ellm_jax.checkpoint.packed import Layout, PackedFile
 from ellm_jax.checkpoint.progress import Advance
 from ellm_jax.checkpoint.safetensors_file import DTYPES, SafetensorsFile
 from ellm_jax.models import ModelConfig, Placement, checkpoint_tensors, param_shapes
@@ -21,6 +22,9 @@ from ellm_jax.models.shards import WHOLE, Piece, Shards
 
 # What is read between two reports of progress, and held while a dtype is converted.
 PIECE_BYTES = 4 << 20
+
+TensorFile = SafetensorsFile | PackedFile
+"""What tensors are read from."""
 
 
 def read_hf_params(
@@ -30,10 +34,13 @@ def read_hf_params(
     advance: Advance,
     shards: Shards = WHOLE,
     by_layer: Collection[str] = (),
+    layout: Layout | None = None,
+    skip: Collection[str] = (),
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     """Yield the parameters of `param_shapes` one by one, in `dtype`: of each the parts of all
     devices, in their order. Only what a part holds is read for it. Of those in `by_layer` that are
-    stacked, each layer comes in an array of its own, `[1, ...]`.
+    stacked, each layer comes in an array of its own, `[1, ...]`. Matrices that are stored quantised
+    in `layout` are dequantised. Parameters in `skip` are left out.
 
     Every file is checked before the first byte of weights is read. Beyond the arrays it yields it
     holds one piece of `PIECE_BYTES`. `advance` is told bytes of the result.
@@ -41,15 +48,13 @@ def read_hf_params(
     Raises:
         CheckpointError: if tensors are missing, left over, or of the wrong shape or dtype.
     """
-    with ExitStack() as stack:
-        opened = [stack.enter_context(SafetensorsFile(path)) for path in files]
-        source = _index(opened)
-        placements = list(checkpoint_tensors(config))
-        _check(source, placements, config, files[0].parent)
+    with opened(files, config, layout) as source:
         by_param: dict[str, list[Placement]] = defaultdict(list)
-        for placement in placements:
+        for placement in checkpoint_tensors(config):
             by_param[placement.param].append(placement)
         for name, shape in param_shapes(config).items():
+            if name in skip:
+                continue
             part = shards.part_shape(name, shape)
             for index in range(shards.count):
                 for layers in blocks_of(name, part, by_layer):
@@ -64,6 +69,25 @@ def read_hf_params(
                     advance(blank(param, shards.axis(name), piece))
                     yield name, param
                     del param  # not to hold two at once
+
+
+@contextmanager
+def opened(
+    files: list[Path], config: ModelConfig, layout: Layout | None
+) -> Iterator[Mapping[str, TensorFile]]:
+    """Opens the files and says which has which tensor, once they are checked.
+
+    Raises:
+        CheckpointError: if tensors are missing, left over, or of the wrong shape or dtype.
+    """
+    with ExitStack() as stack:
+        found = _index([stack.enter_context(SafetensorsFile(path)) for path in files])
+        placements = list(checkpoint_tensors(config))
+        source: Mapping[str, TensorFile] = found
+        if layout is not None:
+            source = PackedFile(found, layout).index({p.name for p in placements})
+        _check(source, placements, config, files[0].parent)
+        yield source
 
 
 def _index(files: list[SafetensorsFile]) -> dict[str, SafetensorsFile]:
@@ -81,7 +105,7 @@ def _index(files: list[SafetensorsFile]) -> dict[str, SafetensorsFile]:
 
 
 def _check(
-    source: dict[str, SafetensorsFile],
+    source: Mapping[str, TensorFile],
     placements: list[Placement],
     config: ModelConfig,
     folder: Path,
@@ -125,7 +149,7 @@ def _place(
     block: NDArray[Any],
     piece: Piece,
     placement: Placement,
-    file: SafetensorsFile,
+    file: TensorFile,
     advance: Advance,
 ) -> None:
     """Read what a piece has of a tensor into its place in a layer of a device's part of the
@@ -144,9 +168,7 @@ def _place(
         _fill(block[placement.row + row, columns], file, placement.name, first, advance)
 
 
-def _fill(
-    target: NDArray[Any], file: SafetensorsFile, name: str, begin: int, advance: Advance
-) -> None:
+def _fill(target: NDArray[Any], file: TensorFile, name: str, begin: int, advance: Advance) -> None:
     """Read a tensor's elements from `begin` on into their flat, contiguous place, converting piece
     by piece where needed."""
     tensor = file.tensors[name]

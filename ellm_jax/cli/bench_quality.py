@@ -12,7 +12,7 @@ from ellm_jax.cli.console import Failure, plain_errors, reading, write_json
 _EXAMPLES = """\
 examples:
   ellm bench quality --text book.txt --model ./my-model --quantization int8
-  ellm bench quality --text book.txt --quantization int8 --window 512 --json
+  ellm bench quality --text book.txt --quantization int4 --window 512 --json
 
 Reads the text twice, in windows: with the model's weights as they are, and quantised. Says the
 perplexity of both, and how far the log probabilities of the text's tokens are apart.

@@ -126,6 +126,41 @@ def linear_int8(
     return out
 
 
+def linear_int4(
+    x: jax.Array,
+    weight: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array | None,
+    layer: jax.Array,
+    rows: jax.Array,
+    outputs: int,
+    out_dtype: DTypeLike,
+) -> jax.Array:
+    """`x[:rows] @ (scale[layer] * (weight[layer] - zero[layer])).T` for weights in 4 bits, as
+    `ModelOps.linear_int4` says; each row in an order of its own.
+
+    Args:
+        x: `[T, K]`, float32 or bfloat16.
+        weight: `u8[L, N / 16, K / group, 8 group]`, group 32 or 128; only the layer asked for is
+            read, and nothing is copied.
+        scale: `f16[L, N / 16, K / group, 16]`.
+        zero: `u8`, like `scale`; None: 8.
+        layer: `i32[]`.
+        rows: `i32[1]`, rows in use.
+        outputs: N.
+        out_dtype: float32 or bfloat16.
+
+    Returns:
+        `[T, N]`, zero past `rows`; NaN in rows of x that are not finite.
+    """
+    call = jax.ffi.ffi_call(
+        "ellm_linear_int4", jax.ShapeDtypeStruct((x.shape[0], outputs), out_dtype)
+    )
+    zeros = jnp.zeros((0,), jnp.uint8) if zero is None else zero
+    out: jax.Array = call(x, weight, scale, zeros, layer.reshape(1), rows)
+    return out
+
+
 def rms_norm(x: jax.Array, scale: jax.Array, rows: jax.Array, eps: float) -> jax.Array:
     """Divides the last axis by its root mean square and multiplies by `scale`, in float32.
 
@@ -205,6 +240,20 @@ class NativeOps:
         """See `ModelOps.linear_int8`; rows past those in use are zero."""
         dtype = x.dtype if out_dtype is None else out_dtype
         return linear_int8(x, weight, scale, layer, self._rows, dtype)
+
+    def linear_int4(
+        self,
+        x: jax.Array,
+        weight: jax.Array,
+        scale: jax.Array,
+        zero: jax.Array | None,
+        layer: jax.Array,
+        outputs: int,
+        out_dtype: DTypeLike | None = None,
+    ) -> jax.Array:
+        """See `ModelOps.linear_int4`; rows past those in use are zero."""
+        dtype = x.dtype if out_dtype is None else out_dtype
+        return linear_int4(x, weight, scale, zero, layer, self._rows, outputs, dtype)
 
     def rms_norm(self, x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
         """See `ModelOps.rms_norm`."""

@@ -17,6 +17,7 @@ nanobind::dict ffi_registrations() {
   registrations["ellm_attention"] = capsule(attention_handler);
   registrations["ellm_likeliest"] = capsule(likeliest_handler);
   registrations["ellm_linear"] = capsule(linear_handler);
+  registrations["ellm_linear_int4"] = capsule(linear_int4_handler);
   registrations["ellm_linear_int8"] = capsule(linear_int8_handler);
   registrations["ellm_pool_threads"] = capsule(pool_threads_handler);
   registrations["ellm_rms_norm"] = capsule(rms_norm_handler);
