@@ -72,7 +72,7 @@ class Chat:
         self, asked: ChatRequest, use: ToolUse, tenant: Tenant, priority: int = 0
     ) -> Call:
         self._context.check_model(asked.model)
-        params = chat_params(asked, use)
+        params = chat_params(asked, use, self._context.config)
         ids = await prompt_ids(self._context.tokenizer, asked)
         return Call(ids, params, tenant, priority=priority)
 
