@@ -15,7 +15,7 @@ ROOT = Path(ellm_jax.__file__).parent
 FLOORS = [
     ["ellm_jax.cli", "ellm_jax.__main__"],
     ["ellm_jax.serving.run"],
-    ["ellm_jax.serving.grpc"],
+    ["ellm_jax.serving.grpc", "ellm_jax.serving.http"],
     ["ellm_jax.bench", "ellm_jax.serving", "ellm_jax.batch_file", "ellm_jax.doctor"],
     ["ellm_jax.doctor_cuda", "ellm_jax.doctor_finding"],
     ["ellm_jax.engine"],
@@ -41,6 +41,8 @@ FLOORS = [
     ["ellm_jax.tokenizer"],
     ["ellm_jax.request"],
     ["ellm_jax.outputs", "ellm_jax.sampling", "ellm_jax.config"],
+    ["ellm_jax.client"],
+    ["ellm_jax.protocol"],
     ["ellm_jax._native"],
 ]
 WITHOUT_JAX = ["ellm_jax.scheduler", "ellm_jax.memory", "ellm_jax.request", "ellm_jax.sampling"]
