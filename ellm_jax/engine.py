@@ -14,7 +14,7 @@ from ellm_jax.engine_thread import EngineClosed, EngineThread
 from ellm_jax.host_loop import HostLoop
 from ellm_jax.intake import Intake, RequestOptions
 from ellm_jax.limits import Limits
-from ellm_jax.loop_stats import LoopStats
+from ellm_jax.loop_stats import Load, LoopStats
 from ellm_jax.memory.events import MemoryEvent
 from ellm_jax.memory.report import MemoryReport
 from ellm_jax.tokenizer import Tokenizer, TokenizerMissing
@@ -112,6 +112,21 @@ class Engine(Completions):
             moved_bytes=dict(log.bytes),
             compiled_steps=self._compiler.compiled,
         )
+
+    def load(self) -> Load:
+        """How many requests run and wait just now."""
+        scheduler = self._loop.scheduler
+        return Load(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            moving=len(scheduler.moving),
+            offloaded=len(scheduler.offloaded),
+        )
+
+    @property
+    def asleep(self) -> bool:
+        """Whether it sleeps: requests wait."""
+        return self._loop.asleep
 
     def cost_model(self) -> dict[str, float]:
         """How long steps and copies take here, as learned so far; what the simulator goes by."""

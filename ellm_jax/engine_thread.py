@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import TypeVar
 
@@ -13,7 +13,9 @@ from ellm_jax.host_loop import HostLoop
 from ellm_jax.intake import Group
 from ellm_jax.request import Request, Status
 
-Listener = Callable[[Group], None]
+Listener = Callable[[Sequence[Group]], None]
+"""Is told, on the engine's thread and once per step, which of its groups moved or ended."""
+
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ class EngineThread:
 
     def submit(self, group: Group, listener: Listener) -> None:
         """Queues a group's requests. The listener is called on the engine's thread whenever there
-        is more, and when it is over.
+        is more, and when it is over; one that is given for several groups, once for all of them.
 
         Raises:
             ValueError: its id is in use.
@@ -156,6 +158,11 @@ class EngineThread:
             self._wake.notify()
         self._thread.join()
 
+    @property
+    def alive(self) -> bool:
+        """Whether it runs and has not failed."""
+        return self._thread.is_alive() and self.failure is None
+
     # The engine's thread.
 
     @property
@@ -211,32 +218,38 @@ class EngineThread:
         with self._wake:
             self.failure = failure
             listeners = dict(self._listeners)
-        for group, listener in listeners.items():
+        for group in listeners:
             for request in group.requests:
                 if request.status is not Status.FINISHED:
-                    request.status = Status.FINISHED
                     request.finish_reason = "error"
                     request.error = f"the engine has failed: {failure}"
-            self._tell(group, listener)
+                    request.status = Status.FINISHED
+        self._tell(listeners)
 
     def _publish(self) -> None:
         """Tells every listener whose requests moved, once per step."""
         changed, self._changed = self._changed, {}
+        listeners = {group: self._listeners[group] for group in changed}
         for group in changed:
-            listener = self._listeners[group]
             if group.finished:
                 with self._wake:
                     del self._listeners[group], self._by_id[group.id]
-            self._tell(group, listener)
+        self._tell(listeners)
 
-    def _tell(self, group: Group, listener: Listener) -> None:
-        """Calls a listener; one that fails, such as that of an event loop that is gone, loses its
-        request and harms nobody else."""
-        try:
-            listener(group)
-        except Exception:
-            _log.warning("nobody listens to request %s any more", group.id, exc_info=True)
-            self.abort_group(group)
+    def _tell(self, listeners: Mapping[Group, Listener]) -> None:
+        """Calls each listener with all of its groups; one that fails, such as that of an event loop
+        that is gone, loses its requests and harms nobody else."""
+        groups_of: dict[Listener, list[Group]] = {}
+        for group, listener in listeners.items():
+            groups_of.setdefault(listener, []).append(group)
+        for listener, groups in groups_of.items():
+            try:
+                listener(groups)
+            except Exception:
+                names = ", ".join(group.id for group in groups)
+                _log.warning("nobody listens to %s any more", names, exc_info=True)
+                for group in groups:
+                    self.abort_group(group)
 
     def on_token(self, request: Request) -> str | int | None:
         """Takes a new token's text; returns the stop string it completes, if any."""

@@ -132,7 +132,7 @@ class Group:
             prompt_token_ids=first.prompt_ids,
             outputs=tuple(self._completion(i) for i in range(len(self.requests))),
             finished=finished,
-            metrics=self._metrics(),
+            metrics=self.metrics(),
             prompt_logprobs=prompt_logprobs,
         )
 
@@ -151,7 +151,9 @@ class Group:
             error=request.error,
         )
 
-    def _metrics(self) -> RequestMetrics:
+    def metrics(self) -> RequestMetrics:
+        """Times and counts so far."""
+
         def earliest(name: str) -> float | None:
             values = [getattr(request, name) for request in self.requests]
             return min((v for v in values if v is not None), default=None)

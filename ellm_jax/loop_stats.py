@@ -1,4 +1,4 @@
-"""Where the host loop's time goes, and what it saw."""
+"""Where the host loop's time goes, what it saw, and what it has to do."""
 
 from __future__ import annotations
 
@@ -6,6 +6,23 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Load:
+    """How many requests are where; completions of one prompt count each.
+
+    Attributes:
+        running: with a slot, part of the steps.
+        waiting: with no memory yet, or none any more.
+        moving: between device and host memory.
+        offloaded: in host memory only.
+    """
+
+    running: int
+    waiting: int
+    moving: int
+    offloaded: int
 
 
 @dataclass

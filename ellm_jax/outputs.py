@@ -127,5 +127,39 @@ class RequestOutput:
         return self.outputs[0].token_ids
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class CompletionDelta:
+    """What is new of one continuation.
+
+    Attributes:
+        index: Which of the request's ``n`` completions.
+        text: What comes behind the text so far; may be empty.
+        token_ids: The tokens that came, in order.
+        finish_reason, stop_reason, error: As in ``CompletionOutput``, once, when it has ended.
+        logprobs: One entry per new token, where they were asked for.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RequestUpdate:
+    """What is new of a request. Its texts and tokens, put behind each other, are the output.
+
+    Attributes:
+        deltas: The completions that moved, by index.
+        finished: Whether every completion has ended; nothing comes after that.
+    """
+
+    deltas: tuple[CompletionDelta, ...]
+    finished: bool
+
+
 def _milliseconds(start_s: float | None, end_s: float | None) -> float | None:
     return None if start_s is None or end_s is None else (end_s - start_s) * 1000.0
