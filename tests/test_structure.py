@@ -15,7 +15,7 @@ ROOT = Path(ellm_jax.__file__).parent
 FLOORS = [
     ["ellm_jax.cli", "ellm_jax.__main__"],
     ["ellm_jax.serving.run"],
-    ["ellm_jax.serving.grpc"],
+    ["ellm_jax.serving.grpc", "ellm_jax.serving.http"],
     ["ellm_jax.bench", "ellm_jax.serving", "ellm_jax.batch_file", "ellm_jax.doctor"],
     ["ellm_jax.doctor_cuda", "ellm_jax.doctor_finding"],
     ["ellm_jax.engine"],
