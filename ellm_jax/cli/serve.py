@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
 examples:
-  ellm serve --model ./my-model --grpc 127.0.0.1:50051
+  ellm serve --model ./my-model --http 127.0.0.1:8000 --grpc 127.0.0.1:50051
   ellm serve --grpc 127.0.0.1:50051 --device-memory 2GiB --host-memory 1GiB
-  ellm serve --grpc 0.0.0.0:50051 --api-keys-file keys.json --admin-key-file admin.key \\
+  ellm serve --http 0.0.0.0:8000 --api-keys-file keys.json --admin-key-file admin.key \\
       --tls-cert server.pem --tls-key server.key
   grpcurl -plaintext -d '{"text": "Once upon a time"}' 127.0.0.1:50051 \\
       ellm.v1.EngineService/GenerateStream
@@ -37,7 +37,7 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "serve",
         help="serve a model to many clients",
-        description="Serves a model over gRPC until it is stopped.",
+        description="Serves a model over HTTP, as OpenAI's API, and over gRPC until it is stopped.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         import uvloop
 
+        from ellm_jax.serving.logs import log_json
         from ellm_jax.serving.run import serve
     except ImportError as error:
         raise Failure(
@@ -73,7 +74,9 @@ def run(args: argparse.Namespace) -> int:
     with plain_errors():
         config = _serve_config(args)
         if config.grpc is None and config.http is None:
-            raise Failure("there is no address; give one, as in --grpc 127.0.0.1:50051")
+            raise Failure(
+                "there is no address; give --http 127.0.0.1:8000, --grpc 127.0.0.1:50051, or both"
+            )
         engine_config = options.engine_config(args)
         engine = Engine.from_pretrained(args.model, engine_config)
 
@@ -84,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
             shown = ", ".join(f"{name} on {a}" for name, a in listening.addresses.items())
             note(f"serving {config.model_name}: {shown}", quiet=not engine_config.progress)
 
+    log_json(config.log_level)
     with engine, plain_errors():
         return int(uvloop.run(serve(engine, config, on_listening=tell)))
 

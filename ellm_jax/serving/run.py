@@ -13,10 +13,13 @@ from typing import Protocol
 
 from ellm_jax.engine import Engine
 from ellm_jax.serving.grpc.server import GrpcServer
+from ellm_jax.serving.http.app import make_app
+from ellm_jax.serving.http.transport import HttpTransport
 from ellm_jax.serving.observer import Observer
-from ellm_jax.serving.service import Service
+from ellm_jax.serving.service import Service, stopped
 from ellm_jax.serving.settings import ServeConfig
 from ellm_jax.serving.tenants import Keys
+from ellm_jax.serving.watch import Watch
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +67,7 @@ async def serve(
     Args:
         engine: what to serve; not closed.
         config: addresses, keys and bounds.
-        observer: is told of every call.
+        observer: is told of every call, beside metrics and log.
         on_listening: called once clients can come.
         stop: asks it to stop, as a signal does.
 
@@ -77,26 +80,31 @@ async def serve(
     """
     if config.http is None and config.grpc is None:
         raise ValueError("there is no address; give http or grpc, as in grpc='127.0.0.1:50051'")
-    service = Service(engine, config, observer)
-    transports: list[Transport] = []
+    watch = Watch(engine, config.model_name, *(() if observer is None else (observer,)))
+    service = Service(engine, config, watch.observer)
+    keys = Keys(config)
     ending = _Ending(service, stop or asyncio.Event())
-    try:
-        keys = Keys(config)
-        addresses = {}
+    addresses: dict[str, str] = {}
+    async with contextlib.AsyncExitStack() as stack:
+        # Last in, first out: streams end with an error before their connections are closed.
+        stack.push_async_callback(service.close)
+        routes = await stack.enter_async_context(watch.looking_at(service))
         if config.grpc is not None:
-            transports.append(GrpcServer(service, keys, config))
-            addresses["grpc"] = await _listen(transports[-1], config.grpc)
+            grpc = GrpcServer(service, keys, config)
+            addresses["grpc"] = await _listen(stack, grpc, config.grpc)
+        if config.http is not None:
+            http = HttpTransport(make_app(service, keys, config, routes), config)
+            addresses["http"] = await _listen(stack, http, config.http)
+        stack.callback(service.fail_all, stopped())
         with ending.listening_to_signals():
             if on_listening is not None:
                 on_listening(Listening(addresses))
             return await ending.wait()
-    finally:
-        await service.close()
-        await asyncio.gather(*(each.stop(_LAST_WORDS_S) for each in transports))
 
 
-async def _listen(transport: Transport, address: str) -> str:
+async def _listen(stack: contextlib.AsyncExitStack, transport: Transport, address: str) -> str:
     port = await transport.start(address)
+    stack.push_async_callback(transport.stop, _LAST_WORDS_S)
     return f"{address.rpartition(':')[0]}:{port}"
 
 

@@ -46,6 +46,9 @@ class ServeConfig:
         max_logit_bias: most tokens with a bias.
         max_schema_bytes: most bytes of a schema, expression or grammar for structured output.
         max_schema_depth: most levels of nesting in such a schema.
+        files_dir: directory of uploaded files and batches; None: one that is removed at the end.
+        max_file_bytes: most bytes of an uploaded file.
+        max_files: most files, and most batches, that a tenant may have.
         drain_s: seconds that open streams may still take after SIGTERM.
         linger_s: seconds that a server whose engine failed still answers, as unhealthy, before it
             ends with exit code 1.
@@ -74,6 +77,9 @@ class ServeConfig:
     max_logit_bias: int = 1024
     max_schema_bytes: int = 64 * 2**10
     max_schema_depth: int = 32
+    files_dir: str | None = None
+    max_file_bytes: int = 64 * 2**20
+    max_files: int = 256
     drain_s: float = 30.0
     linger_s: float = 30.0
     stall_s: float = 60.0
