@@ -113,7 +113,10 @@ class Engine(Completions):
         """Where the host loop's time went since the start or the last `reset_stats`."""
         log = self._loop.ledger.events
         return dataclasses.replace(
-            self._loop.stats, moves=dict(log.counts), moved_bytes=dict(log.bytes)
+            self._loop.stats,
+            moves=dict(log.counts),
+            moved_bytes=dict(log.bytes),
+            compiled_steps=self._compiler.compiled,
         )
 
     def load(self) -> Load:

@@ -236,6 +236,8 @@ class HostLoop:
                 request = share.request
                 if request.first_scheduled_s is None:
                     request.first_scheduled_s = now
+                    self.stats.started += 1
+                    self.stats.prefix_hits += request.cached_tokens > 0
                     self.stats.prompt_tokens += len(request.prompt_ids)
                     self.stats.cached_tokens += request.cached_tokens
                 request.computed += share.count
@@ -355,6 +357,7 @@ class HostLoop:
         elif request.tpot_ms is not None:
             late[1] |= self.scheduler.pace.due_s(request) < now
         request.output_ids.append(token)
+        self.stats.output_tokens += 1
         if request.params.logprobs is not None and result.logprobs is not None:
             count = request.params.logprobs
             request.logprobs.append(token_logprobs(token, result.logprobs, sample, count))

@@ -72,6 +72,11 @@ class StepCompiler:
         self._needs: dict[StepKey, int] = {}
         self.waited_s = 0.0
 
+    @property
+    def compiled(self) -> int:
+        """How many steps are compiled."""
+        return len(self._needs)
+
     def warm_up(self) -> None:
         """Compiles steps that cover every batch in the plain mode, showing progress."""
         self.compile_all(self._buckets.common())
