@@ -91,7 +91,7 @@ def calls_of(client: OpenAI, stream: bool, **asked) -> tuple[list[tuple[str, str
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_call_that_is_required_is_made(client, stream):
     calls, text, reason = calls_of(
-        client, stream, tool_choice="required", parallel_tool_calls=False, max_tokens=200
+        client, stream, tool_choice="required", parallel_tool_calls=False, max_tokens=500
     )
     ((name, arguments),) = calls
     jsonschema_rs.validate(SCHEMAS[name], json.loads(arguments))
