@@ -51,11 +51,13 @@ def bench(args: argparse.Namespace) -> None:
 
     config = EngineConfig(device_memory=args.device_memory, max_num_seqs=64, progress=False)
     with Engine.from_pretrained(args.model, config) as engine:
-        engine.warm_up()
         vocab = engine.model_config.vocab_size
+        params = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True)
         with Server(engine) as server:
+            # Compiles what is measured afterwards.
+            engine.generate(prompts(-1, args.requests, args.prompt_tokens, vocab), params)
+            server.ask(prompts(-2, 4, args.prompt_tokens, vocab), args.tokens, at_once=False)
             for count in range(args.rounds):
-                params = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True)
                 work = prompts(2 * count, args.requests, args.prompt_tokens, vocab)
                 begin_s = time.monotonic()
                 engine.generate(work, params)

@@ -100,7 +100,8 @@ class Batches:
         if batch.status != "cancelling":
             batch.status, batch.cancelling_at = "cancelling", int(time.time())
             self._store.put_batch(stored)
-            self._tasks[batch.id].cancel()
+            if (task := self._tasks.get(batch.id)) is not None:
+                task.cancel()
         return batch
 
     def _begin(self, stored: StoredBatch) -> None:
