@@ -18,6 +18,7 @@ from ellm_jax.serving.http.server import HttpServer
 from ellm_jax.serving.service import Service
 from ellm_jax.serving.settings import ServeConfig
 from ellm_jax.serving.tenants import Keys
+from ellm_jax.serving.watch import Watch
 
 MODEL = "small"
 START_S = 60.0
@@ -28,6 +29,7 @@ class RunningServer:
 
     Attributes:
         engine, service, app: what it is made of.
+        extra_paths: of the routes that are not the API's own.
         port, url: where it is.
     """
 
@@ -91,8 +93,17 @@ class RunningServer:
 
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.service = Service(self.engine, self.config)
-        self.app = make_app(self.service, Keys(self.config), self.config, self._extra_routes)
+        watch = Watch(self.engine, MODEL)
+        self.service = Service(self.engine, self.config, watch.observer)
+        try:
+            async with watch.looking_at(self.service) as routes:
+                await self._listen([*routes, *self._extra_routes])
+        finally:
+            await self.service.close()
+
+    async def _listen(self, extra_routes: Sequence[BaseRoute]) -> None:
+        self.extra_paths = {getattr(route, "path", "") for route in extra_routes}
+        self.app = make_app(self.service, Keys(self.config), self.config, extra_routes)
         self._server = HttpServer(self.app, self.config)
         serving = asyncio.create_task(self._server.serve())
         while not self._server.started:
@@ -101,10 +112,7 @@ class RunningServer:
                 serving.result()
         self.port = self._server.port
         self._ready.set()
-        try:
-            await serving
-        finally:
-            await self.service.close()
+        await serving
 
 
 async def _called(function: Any) -> Any:
