@@ -41,6 +41,8 @@ FLOORS = [
     ["ellm_jax.tokenizer"],
     ["ellm_jax.request"],
     ["ellm_jax.outputs", "ellm_jax.sampling", "ellm_jax.config"],
+    ["ellm_jax.client"],
+    ["ellm_jax.protocol"],
     ["ellm_jax._native"],
 ]
 WITHOUT_JAX = ["ellm_jax.scheduler", "ellm_jax.memory", "ellm_jax.request", "ellm_jax.sampling"]

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from ellm_jax.config import DEVICES, LOAD_FORMATS, POLICY_NAMES, QUANTIZATIONS, EngineConfig
 from ellm_jax.sampling import MIN_TEMPERATURE, SamplingParams
+from ellm_jax.serving.settings import LOG_LEVELS, ServeConfig
 
 _T = TypeVar("_T")
 
@@ -30,6 +31,12 @@ _METAVARS = {
     "quantization": "{" + ",".join(QUANTIZATIONS) + "}",
     "policy": "{" + ",".join(POLICY_NAMES) + "}",
     "compilation_cache": "DIR",
+    "http": "HOST:PORT",
+    "grpc": "HOST:PORT",
+    "tls_cert": "FILE",
+    "tls_key": "FILE",
+    "tls_client_ca": "FILE",
+    "log_level": "{" + ",".join(LOG_LEVELS) + "}",
 }
 
 
@@ -57,6 +64,22 @@ def engine_config(args: argparse.Namespace, **defaults: Any) -> EngineConfig:
         ValueError: a value that the class refuses.
     """
     return _collect(args, EngineConfig, defaults)
+
+
+def add_serve_options(
+    parser: argparse.ArgumentParser, leave_out: Sequence[str] = (), **defaults: Any
+) -> None:
+    """Options for the fields of `ServeConfig`; `defaults` replace those of the class."""
+    _add(parser.add_argument_group("serving"), ServeConfig, defaults, leave_out)
+
+
+def serve_config(args: argparse.Namespace, **defaults: Any) -> ServeConfig:
+    """The configuration that the options say; `defaults` stand where an option was not given.
+
+    Raises:
+        ValueError: a value that the class refuses.
+    """
+    return _collect(args, ServeConfig, defaults)
 
 
 def add_sampling_options(
@@ -111,7 +134,7 @@ def _add(group: Any, cls: type[Any], defaults: Mapping[str, Any], leave_out: Seq
             action = "store_false" if default else "store_true"
             group.add_argument(f"--{flag}", action=action, help=_escaped(text), **common)
             continue
-        if default is not None:
+        if default not in (None, ""):
             text = f"{text} (default: {default})"
         parse, repeatable = _parser_of(kinds[field.name])
         group.add_argument(

@@ -205,7 +205,7 @@ class Service:
         if error is not None:
             self._fail(stream, ServiceError(ErrorKind.INTERNAL, error))
         elif any(r.finish_reason == "abort" for r in requests):
-            self._fail(stream, _shutting_down())
+            self._fail(stream, stopped())
         else:
             self._report(stream, None)
             stream.note_news(end=True)
@@ -391,7 +391,7 @@ class Service:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._emptied.wait(), deadline_s)
         cut = len(self._streams)
-        self.fail_all(_shutting_down())
+        self.fail_all(stopped())
         return cut
 
     def fail_all(self, error: ServiceError) -> None:
@@ -402,7 +402,7 @@ class Service:
     async def close(self) -> None:
         """Ends every stream and lets the event loop go; the engine stays."""
         self._draining = True
-        self.fail_all(_shutting_down())
+        self.fail_all(stopped())
         self._watch.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._watch
@@ -430,13 +430,14 @@ class Service:
         if not self.live:
             raise self._engine_failed(ErrorKind.UNAVAILABLE)
         if self._draining:
-            raise _shutting_down()
+            raise stopped()
 
     async def _on(self, pool: ThreadPoolExecutor, function: Callable[[], _T]) -> _T:
         return await self._loop.run_in_executor(pool, function)
 
 
-def _shutting_down() -> ServiceError:
+def stopped() -> ServiceError:
+    """What calls are told when the server ends."""
     return ServiceError(
         ErrorKind.UNAVAILABLE,
         "the server is shutting down; try another, or again later",
