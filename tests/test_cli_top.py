@@ -184,7 +184,7 @@ def test_no_line_is_wider_than_the_terminal(width, more):
     text = capture.get()
     assert "\x1b" not in text
     assert all(len(line) <= max(40, width) for line in text.splitlines())
-    bar = next(line.strip() for line in text.splitlines() if set(line.strip()) == set("█░"))
+    bar = next(line.strip() for line in text.splitlines() if line[:1] in ("█", "░"))
     assert len(bar) == min(120, max(40, width)), "the bar stands for the whole limit"
 
 

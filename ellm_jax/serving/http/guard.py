@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ellm_jax.serving.errors import ErrorKind, ServiceError
 from ellm_jax.serving.http.errors import HttpError, answer_of
+from ellm_jax.serving.logs import request_context
 from ellm_jax.serving.tenants import Keys, basic_password, bearer_token
 
 LIVENESS_PATH = "/health"
@@ -63,7 +64,8 @@ class Guard:
                 if token is None and _is_page(scope):
                     token = basic_password(authorization)
                 state["tenant"] = self._keys.authenticate(token)
-            await self._app(scope, receive, send_with_id)
+            with request_context(state["request_id"]):
+                await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             _log.debug("request %s: the client has gone", state["request_id"])
         except (ServiceError, HttpError) as error:
