@@ -8,7 +8,7 @@ import queue
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
-from typing import cast
+from typing import Any, cast
 
 from tqdm import tqdm
 
@@ -16,6 +16,7 @@ from ellm_jax.engine_thread import EngineClosed, EngineThread, Listener
 from ellm_jax.intake import Group, Intake, Prompt, RequestOptions, is_single, params_per_prompt
 from ellm_jax.outputs import RequestOutput
 from ellm_jax.sampling import SamplingParams
+from ellm_jax.structured.output import StructuredOutput
 
 
 class Completions:
@@ -64,6 +65,9 @@ class Completions:
             self._intake.group(prompt, each, self._next_id(), now, options)
             for prompt, each in zip(several, params_per_prompt(params, len(several)), strict=True)
         ]
+        for group in groups:
+            if group.grammar is not None:
+                group.grammar.result()
         finished: queue.SimpleQueue[Group] = queue.SimpleQueue()
 
         def listen(groups: Sequence[Group]) -> None:
@@ -112,6 +116,9 @@ class Completions:
         group = self._group(prompt, params, request_id, options)
         changed: queue.SimpleQueue[Sequence[Group]] = queue.SimpleQueue()
 
+        if group.grammar is not None:
+            group.grammar.result()
+
         def outputs() -> Iterator[RequestOutput]:
             self._thread.submit(group, changed.put)
             try:
@@ -145,6 +152,8 @@ class Completions:
         loop = asyncio.get_running_loop()
         changed = asyncio.Event()
         group = self._group(prompt, params, request_id, options)
+        if group.grammar is not None:
+            await asyncio.wrap_future(group.grammar)
 
         def notify(_: Sequence[Group]) -> None:
             loop.call_soon_threadsafe(changed.set)
@@ -178,7 +187,8 @@ class Completions:
         future run on the engine's thread, so they must be quick.
 
         Raises:
-            As `generate`; at the call.
+            As `generate`; at the call. But for structured output that cannot be compiled: the
+            output says so (see `compile_structured`).
         """
         options = RequestOptions(priority, ttft_ms, tpot_ms, cache_salt)
         group = self._group(prompt, params, request_id, options)
@@ -197,6 +207,16 @@ class Completions:
 
         self._thread.submit(group, listen)
         return future
+
+    def compile_structured(self, structured: StructuredOutput) -> Future[Any]:
+        """Has structured output compiled, so that a request with it need not wait, or is not even
+        made: the future holds `ValueError`, with the reason, where it cannot be compiled. It is
+        over within seconds, and what was compiled lately is kept.
+
+        Raises:
+            ValueError: there is no tokenizer, llguidance is not installed, or too many wait.
+        """
+        return self._intake.compile(structured)
 
     def abort(self, request_id: str) -> bool:
         """Ends a request by its id; its memory is given back at once. False if there is none."""

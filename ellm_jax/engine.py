@@ -19,6 +19,7 @@ from ellm_jax.limits import Limits
 from ellm_jax.loop_stats import Load, LoopStats
 from ellm_jax.memory.events import MemoryEvent
 from ellm_jax.memory.report import MemoryReport
+from ellm_jax.structured.grammars import Grammars
 from ellm_jax.tokenizer import Tokenizer, TokenizerMissing
 
 __all__ = ["Engine", "EngineClosed"]
@@ -57,6 +58,7 @@ class Engine(Completions):
         self.dtype = assembly.dtype
         self.max_model_len = assembly.max_model_len
         self._smallest_need_bytes = assembly.smallest_need_bytes
+        self._grammars: Grammars | None = None
         super().__init__(thread, self._make_intake(assembly))
         thread.start(self._loop)
         # A thread inside XLA while the interpreter goes away would take the process down.
@@ -77,6 +79,9 @@ class Engine(Completions):
 
     def _make_intake(self, assembly: Assembly) -> Intake:
         ledger = assembly.loop.ledger
+        config = assembly.model_config
+        if self.tokenizer is not None:
+            self._grammars = Grammars(self.tokenizer, config.vocab_size, config.eos_token_ids)
         return Intake(
             model_config=assembly.model_config,
             tokenizer=self.tokenizer,
@@ -85,6 +90,7 @@ class Engine(Completions):
             tile_tokens=ledger.kv.layout.tile_tokens,
             chunk_bytes=ledger.chunk_bytes,
             defaults=RequestOptions(ttft_ms=self.config.ttft_ms, tpot_ms=self.config.tpot_ms),
+            grammars=self._grammars,
         )
 
     def _room_bytes(self) -> int:
@@ -221,6 +227,8 @@ class Engine(Completions):
     def close(self) -> None:
         """Aborts what runs, gives all memory of the KV cache back, and ends the thread."""
         self._thread.close()
+        if self._grammars is not None:
+            self._grammars.close()
         atexit.unregister(self.close)
 
     def __enter__(self) -> Engine:

@@ -62,17 +62,14 @@ class EngineThread:
     # From callers' threads.
 
     def submit(self, group: Group, listener: Listener) -> None:
-        """Queues a group's requests. The listener is called on the engine's thread whenever there
-        is more, and when it is over; one that is given for several groups, once for all of them.
+        """Queues a group's requests, once its grammar is compiled if it has one. The listener is
+        called on the engine's thread whenever there is more, and when it is over; one that is given
+        for several groups, once for all of them.
 
         Raises:
             ValueError: its id is in use.
             EngineClosed: closed, or failed.
         """
-
-        def submit() -> None:
-            for request in group.requests:
-                self.loop.submit(request)
 
         with self._wake:
             self._check_open()
@@ -80,7 +77,15 @@ class EngineThread:
             self._by_id[group.id] = group
             self._listeners[group] = listener
             self._group_of |= dict.fromkeys(group.requests, group)
-            self._commands.append(submit)
+        if group.grammar is None:
+            self._post(lambda: self._start_group(group))
+        else:
+            group.grammar.add_done_callback(lambda _: self._post(lambda: self._start_group(group)))
+
+    def _post(self, command: Callable[[], None]) -> None:
+        """Has the engine's thread do something between two steps."""
+        with self._wake:
+            self._commands.append(command)
             self._wake.notify()
 
     def check_id(self, group_id: str) -> None:
@@ -99,17 +104,17 @@ class EngineThread:
         return True
 
     def abort_group(self, group: Group) -> None:
-        """Ends what is left of a group; does nothing if it is over or the engine is."""
+        """Ends what is left of a group; does nothing if it is over, was never submitted, or the
+        engine is over."""
         if group.finished or self.failure is not None:
             return
 
         def abort() -> None:
-            for request in group.requests:
-                self.loop.abort(request)
+            if group in self._listeners:
+                for request in group.requests:
+                    self.loop.abort(request)
 
-        with self._wake:
-            self._commands.append(abort)
-            self._wake.notify()
+        self._post(abort)
 
     def call(self, function: Callable[[], _T]) -> _T:
         """Has the engine's thread do something between two steps, and waits for it; an error
@@ -200,6 +205,18 @@ class EngineThread:
             with self._wake:
                 self._wake.wait_for(called)
         return not self._closing
+
+    def _start_group(self, group: Group) -> None:
+        """Queues what is left of a group; what its output has to be is compiled, or cannot be."""
+        error = group.grammar.exception() if group.grammar is not None else None
+        for request in [r for r in group.requests if r.status is not Status.FINISHED]:
+            if error is not None:
+                self.loop.refuse(request, str(error))
+                continue
+            if group.grammar is not None:
+                ends = not request.params.ignore_eos
+                request.matcher = group.grammar.result().matcher(ends=ends)
+            self.loop.submit(request)
 
     def _run_commands(self) -> None:
         while self._commands:

@@ -57,6 +57,9 @@ class Executor(Protocol):
     def dispatch(self, plan: Plan, key: StepKey) -> Any:
         """Starts a step, its memory mapped; returns a handle for `wait`."""
 
+    def ready(self, handle: Any) -> bool:
+        """Whether `wait` would return at once."""
+
     def wait(self, handle: Any) -> Outcome:
         """The step's results, once they are there. Raises StepFailed."""
 

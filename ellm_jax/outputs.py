@@ -1,7 +1,7 @@
 """What a request gives back: texts, tokens, log probabilities and times."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -127,9 +127,8 @@ class RequestOutput:
         return self.outputs[0].token_ids
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class CompletionDelta:
-    """What is new of one continuation.
+class CompletionDelta(NamedTuple):
+    """What is new of one continuation. One is made per token of a stream, hence a tuple.
 
     Attributes:
         index: Which of the request's ``n`` completions.
@@ -148,8 +147,7 @@ class CompletionDelta:
     logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class RequestUpdate:
+class RequestUpdate(NamedTuple):
     """What is new of a request. Its texts and tokens, put behind each other, are the output.
 
     Attributes:

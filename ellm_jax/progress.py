@@ -20,8 +20,14 @@ class ProgressReader:
 
     def read(self) -> RequestUpdate:
         """What came since the last call; without deltas if nothing did."""
-        deltas = [delta for c in self._completions if (delta := c.read()) is not None]
-        return RequestUpdate(tuple(deltas), all(c.ended for c in self._completions))
+        deltas = []
+        finished = True
+        for completion in self._completions:
+            delta = completion.read()
+            if delta is not None:
+                deltas.append(delta)
+            finished = finished and completion.ended
+        return RequestUpdate(tuple(deltas), finished)
 
 
 class _CompletionReader:
@@ -35,6 +41,7 @@ class _CompletionReader:
         self._index = index
         self._request = request
         self._text = text
+        self._wants_logprobs = request.params.logprobs is not None
         self._tokens = 0
         self._pieces = 0
         self.ended = False
@@ -46,7 +53,7 @@ class _CompletionReader:
         request = self._request
         # First: the engine's thread may end it meanwhile, and with its end must come everything.
         ended = request.status is Status.FINISHED
-        wants = request.params.logprobs is not None
+        wants = self._wants_logprobs
         count = len(request.logprobs if wants and not ended else request.output_ids)
         tokens = tuple(request.output_ids[self._tokens : count])
         logprobs = tuple(request.logprobs[self._tokens : count]) if wants else None
@@ -72,4 +79,4 @@ class _CompletionReader:
             return ""
         pieces = self._text.pieces[self._pieces :]
         self._pieces += len(pieces)
-        return "".join(pieces)
+        return pieces[0] if len(pieces) == 1 else "".join(pieces)

@@ -22,6 +22,8 @@ import threading
 import time
 from typing import Any
 
+import uvloop
+
 LAG_SAMPLE_S = 0.002
 END = b"data: [DONE]"
 
@@ -110,7 +112,8 @@ class Server:
         self._engine = engine
         self._ready = threading.Event()
         self.lags: list[float] = []
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+        # The loop that `ellm serve` runs on.
+        self._thread = threading.Thread(target=lambda: uvloop.run(self._serve()), daemon=True)
 
     def __enter__(self) -> Server:
         self._thread.start()

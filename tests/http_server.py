@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import uvloop
 from engine_requests import wait_until
 from starlette.routing import BaseRoute
 
@@ -76,11 +77,13 @@ class RunningServer:
         """Bytes by owner once nothing runs and unused memory was given back."""
         self.wait_idle()
         self.engine.trim()
-        return self.engine.memory().device
+        memory = self.engine.memory()
+        assert memory.kv_bytes == memory.activation_bytes == memory.available_bytes == 0, memory
+        return memory.by_owner() | {"host": memory.host_used_bytes}
 
     def _run(self) -> None:
         try:
-            asyncio.run(self._serve())
+            uvloop.run(self._serve())
         except BaseException as failure:
             self._failure = failure
             self._ready.set()

@@ -1,8 +1,12 @@
-"""What no good client sends: the HTTP server says what is wrong, and stays as it was."""
+"""What no good client sends: the HTTP server says what is wrong, and stays as it was.
+
+`ELLM_DISCONNECTS` in the environment is the number of clients per seed that go at a random time.
+"""
 
 import asyncio
 import contextlib
 import json
+import os
 import random
 import socket
 import time
@@ -19,7 +23,6 @@ from starlette.routing import Route
 
 from ellm_jax.serving.errors import ErrorKind, ServiceError
 from ellm_jax.serving.http import body, protocol, templates
-from ellm_jax.serving.http.body import MAX_JSON_DEPTH
 from ellm_jax.serving.http.guard import LIVENESS_PATH
 from ellm_jax.serving.settings import ServeConfig
 
@@ -28,6 +31,7 @@ ASKED = {"model": MODEL, "prompt": "A river", "max_tokens": 4, "temperature": 0}
 LONG = {**ASKED, "max_tokens": 900, "ignore_eos": True, "stream": True}
 KEYS = {"red": "red-key-0123456789", "blue": "blue-key-012345678"}
 LARGE = 64 * 2**10
+DISCONNECTS = int(os.environ.get("ELLM_DISCONNECTS", "16"))
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +131,7 @@ def nested(depth: int) -> dict[str, object]:
 
 
 def test_schemas_have_a_depth(client):
-    for depth, text in ((MAX_JSON_DEPTH, "nested deeper"), (300, "nested deeper")):
+    for depth, text in ((33, "nested deeper"), (300, "nested deeper")):
         function = {"name": "f", "parameters": nested(depth)}
         tools = [{"type": "function", "function": function}]
         chat = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "tools": tools}
@@ -309,7 +313,7 @@ def test_a_failed_engine_fails_what_is_open(make_engine):
 def test_disconnects_at_any_time_leave_nothing_behind(server, seed):
     rng = random.Random(seed)
     before = server.settled_bytes()
-    for _ in range(16):
+    for _ in range(DISCONNECTS):
         asked = {
             **LONG,
             "stream": rng.random() < 0.7,
@@ -346,7 +350,7 @@ def test_a_client_that_goes_ends_its_request_at_once(server, stream):
     begin_steps = server.engine.stats().steps
     wait_until(lambda: server.engine.load().running == 0)
     # The end of the connection takes a moment to get here; the steps meanwhile are few.
-    assert server.engine.stats().steps - begin_steps < 300
+    assert server.engine.stats().steps - begin_steps < 100
 
 
 def test_a_reader_that_stalls_is_cut_off():

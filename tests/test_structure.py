@@ -37,16 +37,19 @@ FLOORS = [
     ["ellm_jax.checkpoint"],
     ["ellm_jax.models"],
     ["ellm_jax.runtime.ops"],
+    ["ellm_jax.structured"],
     ["ellm_jax.text"],
     ["ellm_jax.tokenizer"],
     ["ellm_jax.request"],
-    ["ellm_jax.outputs", "ellm_jax.sampling", "ellm_jax.config"],
+    ["ellm_jax.outputs", "ellm_jax.sampling", "ellm_jax.config", "ellm_jax.overlap"],
+    ["ellm_jax.structured.output", "ellm_jax.structured.matcher"],
     ["ellm_jax.client"],
     ["ellm_jax.protocol"],
     ["ellm_jax._native"],
 ]
 WITHOUT_JAX = ["ellm_jax.scheduler", "ellm_jax.memory", "ellm_jax.request", "ellm_jax.sampling"]
 WITHOUT_JAX += ["ellm_jax.config", "ellm_jax.outputs", "ellm_jax.tokenizer", "ellm_jax.text"]
+WITHOUT_JAX += ["ellm_jax.structured", "ellm_jax.overlap"]
 
 
 def modules() -> dict[str, Path]:

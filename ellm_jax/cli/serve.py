@@ -64,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
 
         from ellm_jax.serving.logs import log_json
         from ellm_jax.serving.run import serve
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("ellm_jax"):
+            raise
         raise Failure(
             f"serving needs packages that are not here ({error}); install them with: "
             "pip install 'ellm-jax[serve]'"

@@ -58,7 +58,7 @@ class ClientError(Exception):
         return failed
 
 
-def _details(metadata: Iterable[tuple[str, str | bytes]]) -> Sequence[Any]:
+def _details(metadata: Iterable[tuple[str, str | bytes]]) -> Any:
     for key, value in metadata:
         if key == _DETAILS_KEY:
             return status_pb2.Status.FromString(value).details

@@ -62,7 +62,7 @@ class Attempts:
         if failed.code not in retries.codes or self._failed >= retries.attempts:
             raise failed from error
         ceiling_s = min(retries.max_s, retries.first_s * 2 ** (self._failed - 1))
-        pause_s = ceiling_s * retries.random()
+        pause_s: float = ceiling_s * retries.random()
         if failed.retry_after_s is not None:
             pause_s = max(pause_s, failed.retry_after_s)
         left_s = self.left_s()

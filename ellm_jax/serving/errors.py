@@ -9,8 +9,8 @@ import re
 from ellm_jax.sampling import SamplingParams
 
 _FIELDS = {field.name for field in dataclasses.fields(SamplingParams)}
-_FIELDS |= {"priority", "ttft_ms", "tpot_ms", "device_memory", "host_memory"}
-_FIELD = re.compile(r"([a-z]\w*)(?=[=\[ ])")
+_FIELDS |= {"request_id", "priority", "ttft_ms", "tpot_ms", "device_memory", "host_memory"}
+_FIELD = re.compile(r"[a-z]\w*(?=[=\[ ])")
 
 
 class ErrorKind(enum.Enum):
@@ -58,7 +58,7 @@ def refused(error: Exception, default_param: str | None = None) -> ServiceError:
     """What the engine refuses with ValueError or TypeError, as a ServiceError. Messages about a
     field begin with its name, which becomes `param`; others are about `default_param`."""
     message = str(error) or type(error).__name__
-    named = _FIELD.match(message)
-    known = named is not None and named[1] in _FIELDS
-    param = named[1] if named is not None and known else default_param
+    named = _FIELD.match(message.replace("request id", "request_id", 1))
+    known = named is not None and named[0] in _FIELDS
+    param = named[0] if named is not None and known else default_param
     return ServiceError(ErrorKind.INVALID, message, param=param)

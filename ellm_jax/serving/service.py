@@ -13,8 +13,8 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from ellm_jax.engine import Engine, EngineClosed
 from ellm_jax.intake import Group, RequestOptions
@@ -99,6 +99,9 @@ class Service:
                 group = self._prepare(call)
             else:
                 group = await self._on(self._workers, lambda: self._prepare(call))
+                self._check_open()
+            if group.grammar is not None:
+                await _compiled(group.grammar)
                 self._check_open()
             return self._admit(RequestStream(call, group, self._closed, partial), begin_s)
         except ServiceError as error:
@@ -448,3 +451,15 @@ def stopped() -> ServiceError:
         "the server is shutting down; try another, or again later",
         retry_after_s=_RETRY_ELSEWHERE_S,
     )
+
+
+async def _compiled(grammar: Future[Any]) -> None:
+    """Waits until what an output has to be is compiled.
+
+    Raises:
+        ServiceError: INVALID: it cannot be.
+    """
+    try:
+        await asyncio.wrap_future(grammar)
+    except ValueError as error:
+        raise ServiceError(ErrorKind.INVALID, str(error), param="structured") from error

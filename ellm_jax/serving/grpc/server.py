@@ -12,7 +12,9 @@ from grpc_reflection.v1alpha import reflection
 
 from ellm_jax.protocol.v1 import ellm_pb2, ellm_pb2_grpc
 from ellm_jax.serving.grpc.keys import KeyGuard
+from ellm_jax.serving.grpc.malformed import ReadingGuard
 from ellm_jax.serving.grpc.servicer import EngineServicer
+from ellm_jax.serving.grpc.stalls import Stalls
 from ellm_jax.serving.service import Service
 from ellm_jax.serving.settings import ServeConfig, split_address
 from ellm_jax.serving.tenants import Keys
@@ -31,20 +33,21 @@ class GrpcServer:
         """Takes the core, who may ask it, and the bounds."""
         self._service = service
         self._config = config
+        self._stalls = Stalls(config.stall_s)
         self._server = grpc.aio.server(
-            interceptors=[KeyGuard(keys)],
+            interceptors=[KeyGuard(keys), ReadingGuard(SERVICE)],
             options=_options(config),
             maximum_concurrent_rpcs=config.max_connections,
         )
         ellm_pb2_grpc.add_EngineServiceServicer_to_server(
-            EngineServicer(service, keys), self._server
+            EngineServicer(service, keys, self._stalls), self._server
         )
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
             (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
         )
-        self._reporting: asyncio.Task[None] | None = None
+        self._watching: list[asyncio.Task[None]] = []
 
     async def start(self, address: str) -> int:
         """Listens; the port, which the system chose where the address has 0.
@@ -66,17 +69,20 @@ class GrpcServer:
             raise OSError(f"gRPC cannot listen on {address}; is it in use?")
         await self._report_health()
         await self._server.start()
-        self._reporting = asyncio.get_running_loop().create_task(self._keep_reporting())
+        self._watching = [
+            asyncio.create_task(self._keep_reporting()),
+            asyncio.create_task(self._stalls.watch()),
+        ]
         return int(port)
 
     async def stop(self, grace_s: float) -> None:
         """Takes no more calls, and ends those that are left after so many seconds."""
         await self._health.enter_graceful_shutdown()
-        if self._reporting is not None:
-            self._reporting.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._reporting
         await self._server.stop(grace_s)
+        for task in self._watching:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
 
     async def _report_health(self) -> None:
         ready = self._service.ready

@@ -15,6 +15,8 @@ from ellm_jax.protocol.v1 import ellm_pb2_grpc
 from ellm_jax.serving.errors import ErrorKind, ServiceError
 from ellm_jax.serving.grpc import convert
 from ellm_jax.serving.grpc.keys import tenant_of
+from ellm_jax.serving.grpc.malformed import Malformed
+from ellm_jax.serving.grpc.stalls import Stalls
 from ellm_jax.serving.grpc.status import abort, code_of, field_of, message_of
 from ellm_jax.serving.service import Service
 from ellm_jax.serving.tenants import Keys, Tenant
@@ -31,6 +33,8 @@ def _method(method: _M) -> _M:
     @functools.wraps(method)
     async def guarded(self: EngineServicer, request: Any, context: Any) -> Any:
         try:
+            if isinstance(request, Malformed):
+                raise request.error
             convert.refuse_unknown_fields(request)
             return await method(self, request, context)
         except ServiceError as error:
@@ -49,10 +53,11 @@ class EngineServicer(ellm_pb2_grpc.EngineServiceServicer):
     """Answers calls with the core. A call that is cancelled, or whose deadline passes, ends its
     request in the engine, because its task is cancelled."""
 
-    def __init__(self, service: Service, keys: Keys):
-        """Takes the core, and who may ask it."""
+    def __init__(self, service: Service, keys: Keys, stalls: Stalls):
+        """Takes the core, who may ask it, and what sends the messages of streams."""
         self._service = service
         self._keys = keys
+        self._stalls = stalls
 
     @_method
     async def Generate(  # noqa: N802
@@ -79,7 +84,7 @@ class EngineServicer(ellm_pb2_grpc.EngineServiceServicer):
                 if update.finished:
                     count = len(stream.prompt_token_ids)
                     message.usage.CopyFrom(convert.usage(count, tokens, stream.metrics))
-                await self._write(context, message)
+                await self._stalls.write(context, message)
 
     @_method
     async def GenerateBatch(  # noqa: N802
@@ -111,7 +116,7 @@ class EngineServicer(ellm_pb2_grpc.EngineServiceServicer):
             for index in range(count):
                 tasks.create_task(complete(index))
             for _ in range(count):
-                await self._write(context, await done.get())
+                await self._stalls.write(context, await done.get())
 
     @_method
     async def Tokenize(  # noqa: N802
@@ -186,20 +191,6 @@ class EngineServicer(ellm_pb2_grpc.EngineServiceServicer):
         left_s = context.time_remaining()
         deadline_s = None if left_s is None or left_s > _MAX_DEADLINE_S else left_s
         return convert.call_of(request, self._tenant(context), deadline_s)
-
-    async def _write(self, context: grpc.aio.ServicerContext, message: Any) -> None:
-        """Sends a message, which waits while the client does not read.
-
-        Raises:
-            ServiceError: CANCELLED: it has not read for longer than a server waits.
-        """
-        stall_s = self._service.config.stall_s
-        try:
-            async with asyncio.timeout(stall_s):
-                await context.write(message)
-        except TimeoutError:
-            message = f"nobody has read this stream for {stall_s:g} seconds"
-            raise ServiceError(ErrorKind.CANCELLED, message) from None
 
 
 def _error(error: ServiceError) -> pb.Error:

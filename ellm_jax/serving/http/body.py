@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncGenerator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 from starlette.requests import Request
 
 from ellm_jax.serving.http.errors import HttpError
 
-MAX_JSON_DEPTH = 64
-"""Deepest nesting of the JSON that a client may send."""
 BODY_TIMEOUT_S = 30.0
 """Longest time that a client may take to send a body of JSON."""
 
@@ -74,27 +72,8 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[_T]) -> _T:
             error
         )
     except RecursionError as error:
-        raise _too_deep() from error
+        raise HttpError(400, "the JSON is nested too deep; flatten it") from error
     return value
-
-
-def check_depth(value: Any, name: str) -> None:
-    """Refuses what is nested deeper than `MAX_JSON_DEPTH`; for fields of free form.
-
-    Raises:
-        HttpError: it is too deep.
-    """
-    level = [value] if isinstance(value, dict | list) else []
-    for _ in range(MAX_JSON_DEPTH):
-        level = [
-            part
-            for item in level
-            for part in (item.values() if isinstance(item, dict) else item)
-            if isinstance(part, dict | list)
-        ]
-        if not level:
-            return
-    raise _too_deep(name)
 
 
 def _explain(message: str) -> tuple[str, str | None]:
@@ -112,10 +91,4 @@ def _too_large(size: int, most_bytes: int) -> HttpError:
         413,
         f"the body has {size} bytes or more and the limit is {most_bytes}; send less",
         code="too_large",
-    )
-
-
-def _too_deep(param: str | None = None) -> HttpError:
-    return HttpError(
-        400, f"the JSON is nested deeper than {MAX_JSON_DEPTH} levels; flatten it", param=param
     )

@@ -72,7 +72,7 @@ class Chat:
         self, asked: ChatRequest, use: ToolUse, tenant: Tenant, priority: int = 0
     ) -> Call:
         self._context.check_model(asked.model)
-        params = chat_params(asked, use)
+        params = chat_params(asked, use, self._context.config)
         ids = await prompt_ids(self._context.tokenizer, asked)
         return Call(ids, params, tenant, priority=priority)
 
@@ -83,9 +83,10 @@ class Chat:
         if reader is not None:
             parts = reader.feed(completion.text) + reader.finish()
             calls = [part for part in parts if isinstance(part, ToolCall)]
+            message.content = "".join(part for part in parts if isinstance(part, str))
             if calls:
-                text = "".join(part for part in parts if isinstance(part, str))
-                message = replies.ChatMessage(text or None, [_said(call) for call in calls])
+                message.content = message.content or None
+                message.tool_calls = [_said(call) for call in calls]
                 reason = "tool_calls" if reason == "stop" else reason
         entries = completion.logprobs
         return replies.ChatChoice(

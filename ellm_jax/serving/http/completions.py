@@ -73,7 +73,7 @@ class Completions:
                 f"prompt has {len(prompts)} prompts, and this server takes {most}; send fewer",
                 param="prompt",
             )
-        params = text_params(asked)
+        params = text_params(asked, self._context.config)
         return [Call(prompt, params, tenant, priority=priority) for prompt in prompts]
 
     def _choice(

@@ -94,8 +94,12 @@ def finish_reason(reason: str | None, error: str | None) -> replies.FinishReason
     Raises:
         ServiceError: it was ended before it was done.
     """
-    if reason is None or reason == "stop" or reason == "length":
-        return reason
+    if reason is None:
+        return None
+    if reason == "stop":
+        return "stop"
+    if reason == "length":
+        return "length"
     if reason == "abort":
         raise ServiceError(ErrorKind.UNAVAILABLE, "the request was ended; send it again")
     raise ServiceError(ErrorKind.INTERNAL, error or "the request failed; see the server's log")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+from msgspec import StructMeta
 
 from ellm_jax import __version__
 from ellm_jax.serving.http import replies, requests
@@ -44,8 +45,8 @@ class _Operation:
     """
 
     summary: str
-    reply: type | None = None
-    body: type | None = None
+    reply: StructMeta | None = None
+    body: StructMeta | None = None
     query: tuple[str, ...] = ()
     streams: bool = False
     uploads: bool = False
@@ -118,11 +119,11 @@ def document() -> bytes:
 
 
 def _described(
-    method: str, path: str, operation: _Operation, schema_of: dict[type, dict[str, Any]]
+    method: str, path: str, operation: _Operation, schema_of: dict[StructMeta, dict[str, Any]]
 ) -> dict[str, Any]:
     name = "_".join([method, *(part.strip("{}") for part in path.split("/") if part)])
     said: dict[str, Any] = {"operationId": name.replace(".", "_"), "summary": operation.summary}
-    parameters = [
+    parameters: list[dict[str, Any]] = [
         {"name": each, "in": "query", "schema": _PARAMETERS[each]} for each in operation.query
     ]
     parameters += [

@@ -7,8 +7,11 @@ from typing import Any
 from ellm_jax.sampling import SamplingParams
 from ellm_jax.serving.errors import refused
 from ellm_jax.serving.http.errors import HttpError
+from ellm_jax.serving.http.forms import form_of
 from ellm_jax.serving.http.requests import ChatRequest, Common, CompletionRequest
 from ellm_jax.serving.http.tool_choice import ToolUse
+from ellm_jax.serving.settings import ServeConfig
+from ellm_jax.structured.output import StructuredOutput
 
 _SAME_NAMES = (
     "temperature",
@@ -44,7 +47,7 @@ _UNSUPPORTED = {
 """Fields of chats that are known and not supported, and the values that ask for nothing."""
 
 
-def text_params(request: CompletionRequest) -> SamplingParams:
+def text_params(request: CompletionRequest, config: ServeConfig) -> SamplingParams:
     """How to sample a completion.
 
     Raises:
@@ -56,10 +59,10 @@ def text_params(request: CompletionRequest) -> SamplingParams:
         raise _unsupported("suffix", "leave it out")
     if request.echo:
         raise _unsupported("echo", "put the prompt before the text yourself")
-    return _params(request, {"logprobs": request.logprobs})
+    return _params(request, {"logprobs": request.logprobs}, form_of(request, None, config))
 
 
-def chat_params(request: ChatRequest, use: ToolUse) -> SamplingParams:
+def chat_params(request: ChatRequest, use: ToolUse, config: ServeConfig) -> SamplingParams:
     """How to sample the answer of a chat; without a limit, up to the model's.
 
     Raises:
@@ -81,21 +84,15 @@ def chat_params(request: ChatRequest, use: ToolUse) -> SamplingParams:
     more: dict[str, Any] = {"max_tokens": limit or request.max_tokens}
     if request.logprobs:
         more["logprobs"] = request.top_logprobs or 0
-    if use.schema is not None:
-        raise _unsupported("tool_choice", "choose auto, or none")
-    return _params(request, more)
+    return _params(request, more, form_of(request, use.schema, config))
 
 
-def _params(request: Common, more: dict[str, Any]) -> SamplingParams:
+def _params(request: Common, more: dict[str, Any], form: StructuredOutput | None) -> SamplingParams:
     values = {name: value for name in _SAME_NAMES if (value := getattr(request, name)) is not None}
     if request.stream_options is not None and not request.stream:
         raise HttpError(400, "stream_options needs stream: true; add it", param="stream_options")
-    if request.response_format is not None and request.response_format.type != "text":
-        raise _unsupported("response_format", "leave it out")
-    if request.structured is not None:
-        raise _unsupported("structured", "leave it out")
     try:
-        return SamplingParams(**values | more)
+        return SamplingParams(**values | more, structured=form)
     except (ValueError, TypeError) as error:
         raise refused(error) from error
 

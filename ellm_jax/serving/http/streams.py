@@ -77,8 +77,8 @@ async def _merged(
 ) -> AsyncGenerator[tuple[int, RequestUpdate], None]:
     """The updates of streams as they come, with the number of the stream."""
     if len(streams) == 1:
-        async for update in streams[0]:
-            yield 0, update
+        async for alone in streams[0]:
+            yield 0, alone
         return
     queue: asyncio.Queue[tuple[int, RequestUpdate | Exception | None]] = asyncio.Queue(_AHEAD)
 

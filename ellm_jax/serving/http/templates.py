@@ -40,7 +40,7 @@ async def prompt_ids(tokenizer: Tokenizer | None, request: ChatRequest) -> list[
         )
     messages = [_message(i, message) for i, message in enumerate(request.messages)]
     tools = None if request.tool_choice == "none" else _tools(request.tools)
-    variables = dict(request.chat_template_kwargs or {})
+    variables: dict[str, Any] = dict(request.chat_template_kwargs or {})
     for name in ("messages", "tools", "add_generation_prompt", "template_name"):
         if name in variables:
             raise HttpError(

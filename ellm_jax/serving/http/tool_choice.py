@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ellm_jax.serving.http.body import check_depth
 from ellm_jax.serving.http.errors import HttpError
+from ellm_jax.serving.http.forms import check_depth
 from ellm_jax.serving.http.requests import ChatRequest, NamedTool, Tool
 from ellm_jax.serving.http.tool_calls import (
     ArgumentsReader,
@@ -65,7 +65,7 @@ def tool_use(asked: ChatRequest, form: ToolFormat | None, config: ServeConfig) -
             raise HttpError(400, "tool_choice needs tools; add them", param="tool_choice")
         return ToolUse()
     for tool in tools:
-        check_depth(tool.function.parameters, "tools")
+        check_depth(tool.function.parameters, "tools", config.max_schema_depth)
     names = tuple(tool.function.name for tool in tools)
     if len(set(names)) < len(names):
         raise HttpError(400, "two tools have the same name; give each its own", param="tools")
@@ -80,12 +80,6 @@ def tool_use(asked: ChatRequest, form: ToolFormat | None, config: ServeConfig) -
         )
     if choice is None or choice == "auto":
         return ToolUse(names, form)
-    if asked.response_format is not None and asked.response_format.type != "text":
-        raise HttpError(
-            400,
-            "a call that is forced leaves no room for response_format; leave one of them out",
-            param="response_format",
-        )
     if isinstance(choice, NamedTool):
         named = next((tool for tool in tools if tool.function.name == choice.function.name), None)
         if named is None:
@@ -110,8 +104,9 @@ def _list_schema(tools: Sequence[Tool], parallel: bool) -> dict[str, Any]:
         name = tool.function.name
         arguments = _renamed(_parameters(tool), f"{name}.")
         for place in _DEFINITIONS:
-            for key, value in arguments.pop(place, {}).items():
-                definitions[f"{name}.{key}"] = value
+            found = arguments.pop(place, None)
+            if isinstance(found, dict):
+                definitions |= {f"{name}.{key}": value for key, value in found.items()}
         calls.append(
             {
                 "type": "object",
