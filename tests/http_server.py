@@ -15,6 +15,7 @@ from starlette.routing import BaseRoute
 from ellm_jax import Engine
 from ellm_jax.serving.http.app import make_app
 from ellm_jax.serving.http.server import HttpServer
+from ellm_jax.serving.observer import Observer
 from ellm_jax.serving.service import Service
 from ellm_jax.serving.settings import ServeConfig
 from ellm_jax.serving.tenants import Keys
@@ -33,7 +34,14 @@ class RunningServer:
         port, url: where it is.
     """
 
-    def __init__(self, engine: Engine, extra_routes: Sequence[BaseRoute] = (), **config: Any):
+    def __init__(
+        self,
+        engine: Engine,
+        extra_routes: Sequence[BaseRoute] = (),
+        observers: Sequence[Observer] = (),
+        **config: Any,
+    ):
+        self._observers = observers
         self.engine = engine
         self.config = ServeConfig(**{"model_name": MODEL, "http": "127.0.0.1:0", **config})
         self._extra_routes = extra_routes
@@ -93,7 +101,7 @@ class RunningServer:
 
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
-        watch = Watch(self.engine, MODEL)
+        watch = Watch(self.engine, MODEL, *self._observers)
         self.service = Service(self.engine, self.config, watch.observer)
         try:
             async with watch.looking_at(self.service) as routes:

@@ -21,9 +21,11 @@ from http_server import MODEL, RunningServer, read_reply, request_bytes
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
+from ellm_jax.serving.call import Call
 from ellm_jax.serving.errors import ErrorKind, ServiceError
 from ellm_jax.serving.http import body, protocol, templates
 from ellm_jax.serving.http.guard import LIVENESS_PATH
+from ellm_jax.serving.observer import NullObserver
 from ellm_jax.serving.settings import ServeConfig
 
 COMPLETIONS = "/v1/completions"
@@ -86,6 +88,30 @@ def test_a_request_keeps_its_id(client):
     for bad in ("", "x" * 129, "a b", "<script>"):
         reply = client.get("/health", headers={"x-request-id": bad})
         assert reply.headers["x-request-id"].startswith("req_")
+
+
+class Ids(NullObserver):
+    """Notes what calls are called."""
+
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+
+    def on_admitted(self, call: Call, prompt_tokens: int) -> None:
+        assert call.request_id is not None
+        self.ids.append(call.request_id)
+
+
+def test_calls_are_named_after_their_requests(make_engine):
+    seen = Ids()
+    with RunningServer(make_engine(None), observers=[seen]) as server:
+        for _ in range(2):
+            headers = {"x-request-id": "trace-1"}
+            httpx.post(f"{server.url}{COMPLETIONS}", json=ASKED, headers=headers)
+        several = {**ASKED, "prompt": ["a", "b"]}
+        reply = httpx.post(f"{server.url}{COMPLETIONS}", json=several)
+    assert all(name.startswith("trace-1-") for name in seen.ids[:2])
+    assert set(seen.ids[2:]) == {f"{reply.headers['x-request-id']}-{i}" for i in range(2)}
+    assert len(set(seen.ids)) == 4
 
 
 BAD_BODIES = [

@@ -39,7 +39,8 @@ class Guard:
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers a request. `scope["state"]` gets `tenant` and `request_id`."""
+        """Answers a request. `scope["state"]` gets `tenant`, `request_id`, and `call_id`, which is
+        the same but unique: clients may use an id again."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -47,7 +48,9 @@ class Guard:
         given = headers.get(b"x-request-id", b"")
         request_id = given if _REQUEST_ID.fullmatch(given) else b"req_" + uuid.uuid4().hex.encode()
         state = scope.setdefault("state", {})
-        state["request_id"] = request_id.decode()
+        state["request_id"] = state["call_id"] = request_id.decode()
+        if request_id is given:
+            state["call_id"] = f"{given[:64].decode()}-{uuid.uuid4().hex[:12]}"
         started = False
 
         async def send_with_id(message: Message) -> None:
