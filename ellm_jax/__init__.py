@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ellm_jax.config import EngineConfig
 from ellm_jax.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprobs
 from ellm_jax.sampling import SamplingParams
+from ellm_jax.structured.output import StructuredOutput
 
 if TYPE_CHECKING:
     from ellm_jax.engine import Engine, EngineClosed
@@ -21,6 +22,7 @@ __all__ = [
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutput",
     "TokenLogprobs",
 ]
 

@@ -8,14 +8,15 @@ import queue
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
-from typing import cast
+from typing import Any, cast
 
 from tqdm import tqdm
 
-from ellm_jax.engine_thread import EngineClosed, EngineThread
+from ellm_jax.engine_thread import EngineClosed, EngineThread, Listener
 from ellm_jax.intake import Group, Intake, Prompt, RequestOptions, is_single, params_per_prompt
 from ellm_jax.outputs import RequestOutput
 from ellm_jax.sampling import SamplingParams
+from ellm_jax.structured.output import StructuredOutput
 
 
 class Completions:
@@ -64,11 +65,15 @@ class Completions:
             self._intake.group(prompt, each, self._next_id(), now, options)
             for prompt, each in zip(several, params_per_prompt(params, len(several)), strict=True)
         ]
+        for group in groups:
+            if group.grammar is not None:
+                group.grammar.result()
         finished: queue.SimpleQueue[Group] = queue.SimpleQueue()
 
-        def listen(group: Group) -> None:
-            if group.finished:
-                finished.put(group)
+        def listen(groups: Sequence[Group]) -> None:
+            for group in groups:
+                if group.finished:
+                    finished.put(group)
 
         with tqdm(total=len(groups), desc="Generating", unit="req", disable=not progress) as bar:
             tokens = 0
@@ -76,7 +81,8 @@ class Completions:
                 for group in groups:
                     self._thread.submit(group, listen)
                 for _ in groups:
-                    group = self._next(finished)
+                    group = finished.get()
+                    self._thread.raise_failure()
                     tokens += sum(len(request.output_ids) for request in group.requests)
                     speed = tokens / max(1e-9, time.monotonic() - now)
                     bar.set_postfix_str(f"{speed:.1f} tok/s", refresh=False)
@@ -108,14 +114,18 @@ class Completions:
         """
         options = RequestOptions(priority, ttft_ms, tpot_ms, cache_salt)
         group = self._group(prompt, params, request_id, options)
-        changed: queue.SimpleQueue[Group] = queue.SimpleQueue()
+        changed: queue.SimpleQueue[Sequence[Group]] = queue.SimpleQueue()
+
+        if group.grammar is not None:
+            group.grammar.result()
 
         def outputs() -> Iterator[RequestOutput]:
             self._thread.submit(group, changed.put)
             try:
                 done = False
                 while not done:
-                    self._next(changed)
+                    changed.get()
+                    self._thread.raise_failure()
                     while not changed.empty():
                         changed.get()
                     output = group.output()
@@ -142,8 +152,10 @@ class Completions:
         loop = asyncio.get_running_loop()
         changed = asyncio.Event()
         group = self._group(prompt, params, request_id, options)
+        if group.grammar is not None:
+            await asyncio.wrap_future(group.grammar)
 
-        def notify(_: Group) -> None:
+        def notify(_: Sequence[Group]) -> None:
             loop.call_soon_threadsafe(changed.set)
 
         self._thread.submit(group, notify)
@@ -175,7 +187,8 @@ class Completions:
         future run on the engine's thread, so they must be quick.
 
         Raises:
-            As `generate`; at the call.
+            As `generate`; at the call. But for structured output that cannot be compiled: the
+            output says so (see `compile_structured`).
         """
         options = RequestOptions(priority, ttft_ms, tpot_ms, cache_salt)
         group = self._group(prompt, params, request_id, options)
@@ -183,7 +196,8 @@ class Completions:
         # Nobody but the engine ends it: a future that could be cancelled might be set twice.
         future.set_running_or_notify_cancel()
 
-        def listen(group: Group) -> None:
+        def listen(groups: Sequence[Group]) -> None:
+            group = groups[0]
             if not group.finished:
                 return
             if self._thread.failure is None:
@@ -194,9 +208,60 @@ class Completions:
         self._thread.submit(group, listen)
         return future
 
+    def compile_structured(self, structured: StructuredOutput) -> Future[Any]:
+        """Has structured output compiled, so that a request with it need not wait, or is not even
+        made: the future holds `ValueError`, with the reason, where it cannot be compiled. It is
+        over within seconds, and what was compiled lately is kept.
+
+        Raises:
+            ValueError: there is no tokenizer, llguidance is not installed, or too many wait.
+        """
+        return self._intake.compile(structured)
+
     def abort(self, request_id: str) -> bool:
         """Ends a request by its id; its memory is given back at once. False if there is none."""
         return self._thread.abort(request_id)
+
+    # For servers, which check and start at different times and read many streams at once.
+
+    def prepare(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        options: RequestOptions | None = None,
+    ) -> Group:
+        """Checks a prompt and makes its requests; the time of their arrival is now.
+
+        Raises:
+            As `generate`.
+        """
+        return self._group(prompt, params, request_id, options or RequestOptions())
+
+    def start(self, group: Group, listener: Listener) -> None:
+        """Queues a prepared group. After each step that moved any of the groups that have the same
+        listener, it is called once with those, on the engine's thread: it must be quick.
+
+        Raises:
+            ValueError: the group's id is in use.
+            EngineClosed: the engine is closed or has failed.
+        """
+        self._thread.submit(group, listener)
+
+    def stop(self, group: Group) -> None:
+        """Ends what is left of a group that was started; does nothing if it is over."""
+        self._thread.abort_group(group)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can serve: neither closed nor failed."""
+        return self._thread.alive
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the engine's thread; None while it is well."""
+        return self._thread.failure
 
     def _next_id(self) -> str:
         return f"request-{next(self._ids)}"
@@ -212,8 +277,3 @@ class Completions:
         self._thread.check_id(group_id)
         now = time.monotonic()
         return self._intake.group(prompt, params or SamplingParams(), group_id, now, options)
-
-    def _next(self, groups: queue.SimpleQueue[Group]) -> Group:
-        group = groups.get()
-        self._thread.raise_failure()
-        return group

@@ -5,18 +5,21 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import pathlib
+from collections.abc import Callable
 
 from ellm_jax import _native
 from ellm_jax.assembly import TINY_MODEL, Assembly, assemble
 from ellm_jax.completions import Completions
 from ellm_jax.config import EngineConfig, format_bytes, parse_bytes
 from ellm_jax.engine_thread import EngineClosed, EngineThread
+from ellm_jax.execution import DispatchedStep
 from ellm_jax.host_loop import HostLoop
 from ellm_jax.intake import Intake, RequestOptions
 from ellm_jax.limits import Limits
-from ellm_jax.loop_stats import LoopStats
+from ellm_jax.loop_stats import Load, LoopStats
 from ellm_jax.memory.events import MemoryEvent
 from ellm_jax.memory.report import MemoryReport
+from ellm_jax.structured.grammars import Grammars
 from ellm_jax.tokenizer import Tokenizer, TokenizerMissing
 
 __all__ = ["Engine", "EngineClosed"]
@@ -55,6 +58,7 @@ class Engine(Completions):
         self.dtype = assembly.dtype
         self.max_model_len = assembly.max_model_len
         self._smallest_need_bytes = assembly.smallest_need_bytes
+        self._grammars: Grammars | None = None
         super().__init__(thread, self._make_intake(assembly))
         thread.start(self._loop)
         # A thread inside XLA while the interpreter goes away would take the process down.
@@ -75,6 +79,9 @@ class Engine(Completions):
 
     def _make_intake(self, assembly: Assembly) -> Intake:
         ledger = assembly.loop.ledger
+        config = assembly.model_config
+        if self.tokenizer is not None:
+            self._grammars = Grammars(self.tokenizer, config.vocab_size, config.eos_token_ids)
         return Intake(
             model_config=assembly.model_config,
             tokenizer=self.tokenizer,
@@ -83,6 +90,7 @@ class Engine(Completions):
             tile_tokens=ledger.kv.layout.tile_tokens,
             chunk_bytes=ledger.chunk_bytes,
             defaults=RequestOptions(ttft_ms=self.config.ttft_ms, tpot_ms=self.config.tpot_ms),
+            grammars=self._grammars,
         )
 
     def _room_bytes(self) -> int:
@@ -107,8 +115,31 @@ class Engine(Completions):
         """Where the host loop's time went since the start or the last `reset_stats`."""
         log = self._loop.ledger.events
         return dataclasses.replace(
-            self._loop.stats, moves=dict(log.counts), moved_bytes=dict(log.bytes)
+            self._loop.stats,
+            moves=dict(log.counts),
+            moved_bytes=dict(log.bytes),
+            compiled_steps=self._compiler.compiled,
         )
+
+    def load(self) -> Load:
+        """How many requests run and wait just now."""
+        scheduler = self._loop.scheduler
+        return Load(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            moving=len(scheduler.moving),
+            offloaded=len(scheduler.offloaded),
+        )
+
+    @property
+    def asleep(self) -> bool:
+        """Whether it sleeps: requests wait."""
+        return self._loop.asleep
+
+    def watch_steps(self, on_step: Callable[[DispatchedStep, float], None] | None) -> None:
+        """Has every step told when it is over, with the time on the engine's clock; None: no more.
+        Called on the engine's thread: it must be quick, must not raise, and changes nothing."""
+        self._loop.on_step = on_step
 
     def cost_model(self) -> dict[str, float]:
         """How long steps and copies take here, as learned so far; what the simulator goes by."""
@@ -196,6 +227,8 @@ class Engine(Completions):
     def close(self) -> None:
         """Aborts what runs, gives all memory of the KV cache back, and ends the thread."""
         self._thread.close()
+        if self._grammars is not None:
+            self._grammars.close()
         atexit.unregister(self.close)
 
     def __enter__(self) -> Engine:

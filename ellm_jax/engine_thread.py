@@ -5,18 +5,22 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ellm_jax.host_loop import HostLoop
 from ellm_jax.intake import Group
 from ellm_jax.request import Request, Status
+from ellm_jax.runtime.shapes import StepMode
 
-Listener = Callable[[Group], None]
+Listener = Callable[[Sequence[Group]], None]
+"""Is told, on the engine's thread and once per step, which of its groups moved or ended."""
+
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
+_MASKED = StepMode(masked=True)
 # How long the thread rests when no request can go on until something changes.
 _STUCK_S = 0.05
 
@@ -60,17 +64,14 @@ class EngineThread:
     # From callers' threads.
 
     def submit(self, group: Group, listener: Listener) -> None:
-        """Queues a group's requests. The listener is called on the engine's thread whenever there
-        is more, and when it is over.
+        """Queues a group's requests, once its grammar is compiled if it has one. The listener is
+        called on the engine's thread whenever there is more, and when it is over; one that is given
+        for several groups, once for all of them.
 
         Raises:
             ValueError: its id is in use.
             EngineClosed: closed, or failed.
         """
-
-        def submit() -> None:
-            for request in group.requests:
-                self.loop.submit(request)
 
         with self._wake:
             self._check_open()
@@ -78,7 +79,15 @@ class EngineThread:
             self._by_id[group.id] = group
             self._listeners[group] = listener
             self._group_of |= dict.fromkeys(group.requests, group)
-            self._commands.append(submit)
+        if group.grammar is None:
+            self._post(lambda: self._start_group(group))
+        else:
+            self._after(group.grammar, lambda: self._start_group(group))
+
+    def _post(self, command: Callable[[], None]) -> None:
+        """Has the engine's thread do something between two steps."""
+        with self._wake:
+            self._commands.append(command)
             self._wake.notify()
 
     def check_id(self, group_id: str) -> None:
@@ -97,17 +106,17 @@ class EngineThread:
         return True
 
     def abort_group(self, group: Group) -> None:
-        """Ends what is left of a group; does nothing if it is over or the engine is."""
+        """Ends what is left of a group; does nothing if it is over, was never submitted, or the
+        engine is over."""
         if group.finished or self.failure is not None:
             return
 
         def abort() -> None:
-            for request in group.requests:
-                self.loop.abort(request)
+            if group in self._listeners:
+                for request in group.requests:
+                    self.loop.abort(request)
 
-        with self._wake:
-            self._commands.append(abort)
-            self._wake.notify()
+        self._post(abort)
 
     def call(self, function: Callable[[], _T]) -> _T:
         """Has the engine's thread do something between two steps, and waits for it; an error
@@ -156,6 +165,11 @@ class EngineThread:
             self._wake.notify()
         self._thread.join()
 
+    @property
+    def alive(self) -> bool:
+        """Whether it runs and has not failed."""
+        return self._thread.is_alive() and self.failure is None
+
     # The engine's thread.
 
     @property
@@ -194,6 +208,30 @@ class EngineThread:
                 self._wake.wait_for(called)
         return not self._closing
 
+    def _start_group(self, group: Group) -> None:
+        """Queues what is left of a group, once everything is compiled that it needs."""
+        requests = [r for r in group.requests if r.status is not Status.FINISHED]
+        if group.grammar is not None and requests:
+            error = group.grammar.exception()
+            if error is not None:
+                for request in requests:
+                    self.loop.refuse(request, str(error))
+                return
+            # Without it, everybody would wait while the first step with masks is compiled.
+            compiling = self.loop.compiler.prepare(_MASKED)
+            if compiling is not None:
+                self._after(compiling, lambda: self._start_group(group))
+                return
+            for request in requests:
+                ends = not request.params.ignore_eos
+                request.matcher = group.grammar.result().matcher(ends=ends)
+        for request in requests:
+            self.loop.submit(request)
+
+    def _after(self, future: Future[Any], command: Callable[[], None]) -> None:
+        """Has this thread do something after a future is over."""
+        future.add_done_callback(lambda _: self._post(command))
+
     def _run_commands(self) -> None:
         while self._commands:
             self._commands.popleft()()
@@ -211,32 +249,38 @@ class EngineThread:
         with self._wake:
             self.failure = failure
             listeners = dict(self._listeners)
-        for group, listener in listeners.items():
+        for group in listeners:
             for request in group.requests:
                 if request.status is not Status.FINISHED:
-                    request.status = Status.FINISHED
                     request.finish_reason = "error"
                     request.error = f"the engine has failed: {failure}"
-            self._tell(group, listener)
+                    request.status = Status.FINISHED
+        self._tell(listeners)
 
     def _publish(self) -> None:
         """Tells every listener whose requests moved, once per step."""
         changed, self._changed = self._changed, {}
+        listeners = {group: self._listeners[group] for group in changed}
         for group in changed:
-            listener = self._listeners[group]
             if group.finished:
                 with self._wake:
                     del self._listeners[group], self._by_id[group.id]
-            self._tell(group, listener)
+        self._tell(listeners)
 
-    def _tell(self, group: Group, listener: Listener) -> None:
-        """Calls a listener; one that fails, such as that of an event loop that is gone, loses its
-        request and harms nobody else."""
-        try:
-            listener(group)
-        except Exception:
-            _log.warning("nobody listens to request %s any more", group.id, exc_info=True)
-            self.abort_group(group)
+    def _tell(self, listeners: Mapping[Group, Listener]) -> None:
+        """Calls each listener with all of its groups; one that fails, such as that of an event loop
+        that is gone, loses its requests and harms nobody else."""
+        groups_of: dict[Listener, list[Group]] = {}
+        for group, listener in listeners.items():
+            groups_of.setdefault(listener, []).append(group)
+        for listener, groups in groups_of.items():
+            try:
+                listener(groups)
+            except Exception:
+                names = ", ".join(group.id for group in groups)
+                _log.warning("nobody listens to %s any more", names, exc_info=True)
+                for group in groups:
+                    self.abort_group(group)
 
     def on_token(self, request: Request) -> str | int | None:
         """Takes a new token's text; returns the stop string it completes, if any."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -57,6 +58,9 @@ class Executor(Protocol):
     def dispatch(self, plan: Plan, key: StepKey) -> Any:
         """Starts a step, its memory mapped; returns a handle for `wait`."""
 
+    def ready(self, handle: Any) -> bool:
+        """Whether `wait` would return at once."""
+
     def wait(self, handle: Any) -> Outcome:
         """The step's results, once they are there. Raises StepFailed."""
 
@@ -86,6 +90,9 @@ class Steps(Protocol):
 
     def refine(self, rows: int, seqs: int, mode: StepMode) -> None:
         """Has the exact step compiled in the background."""
+
+    def prepare(self, mode: StepMode) -> Future[int] | None:
+        """Has steps of a mode compiled in the background; over when they are. None: they are."""
 
     def need_bytes(self, rows: int, seqs: int, mode: StepMode, exact: bool) -> int:
         """What the step needs that `choose` gives."""

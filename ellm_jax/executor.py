@@ -16,6 +16,7 @@ from ellm_jax.runtime.sampler import SamplingInputs, state_row
 from ellm_jax.runtime.shapes import StepKey
 from ellm_jax.runtime.step import StepResult
 from ellm_jax.scheduler.plan import Plan, Share
+from ellm_jax.structured.matcher import mask_words
 
 
 class DeviceExecutor:
@@ -49,7 +50,15 @@ class DeviceExecutor:
             spans.append(Span(request.slot, share.begin, tokens, share.samples))
         sampling = sampling_inputs(plan.shares, key.shape.seqs)
         targets = prompt_targets(plan.shares) if key.mode.prompt_logprobs else None
-        return self._runner.dispatch(key, spans, sampling, targets)
+        masks = None
+        if key.mode.masked:
+            words = mask_words(self._runner.config.vocab_size)
+            masks = allowed_tokens(plan.shares, key.shape.seqs, words)
+        return self._runner.dispatch(key, spans, sampling, targets, masks)
+
+    def ready(self, handle: StepResult) -> bool:
+        """Whether the step is over on the device."""
+        return bool(handle.tokens.is_ready())  # type: ignore[attr-defined]
 
     def wait(self, handle: StepResult) -> Outcome:
         """The step's results as host arrays. Raises StepFailed."""
@@ -94,7 +103,7 @@ def sampling_inputs(shares: Sequence[Share], seqs: int) -> SamplingInputs | None
     padding = [0] * (seqs - len(requests))
     # The noise of a token depends on its index, that of the one in flight included.
     positions = [len(r.output_ids) + r.in_flight for r in requests]
-    minimum = zip(positions, params, strict=True)
+    minimum = zip(positions, params, requests, strict=True)
 
     def floats(values: list[float], off: float) -> Any:
         return np.array(values + [off] * len(padding), np.float32)
@@ -113,8 +122,30 @@ def sampling_inputs(shares: Sequence[Share], seqs: int) -> SamplingInputs | None
         seed=ints([r.seed - (1 << 32) if r.seed >> 31 else r.seed for r in requests]),
         position=ints(positions),
         row=ints([r.state_row for r in requests]),
-        suppress_stop=ints([int(at < p.min_tokens) for at, p in minimum]),
+        suppress_stop=ints(
+            [int(at < p.min_tokens and _may_go_on(r)) for at, p, r in minimum],
+        ),
     )
+
+
+def _may_go_on(request: Request) -> bool:
+    """Whether anything but a token that ends it may come next: if not, it ends, whatever
+    `min_tokens` says."""
+    return request.matcher is None or request.matcher.leaves_beside(request.stop_ids)
+
+
+def allowed_tokens(
+    shares: Sequence[Share], seqs: int, words: int
+) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
+    """Which tokens the sampled rows may have, i32[seqs, words]; any where nothing says more."""
+    masks = np.full((seqs, words), -1, np.int32)
+    for row, request in enumerate(share.request for share in shares if share.samples):
+        if request.matcher is not None:
+            known = len(request.output_ids)
+            assert request.in_flight == 0, f"{request.id}: what comes before is not known"
+            assert request.matcher.num_tokens == known, f"{request.id}: its matcher is elsewhere"
+            masks[row] = request.matcher.allowed
+    return masks
 
 
 def prompt_targets(shares: Sequence[Share]) -> list[int]:

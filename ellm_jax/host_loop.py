@@ -21,6 +21,7 @@ from ellm_jax.loop_stats import LoopStats
 from ellm_jax.memory.host_tier import HostTier
 from ellm_jax.memory.ledger import Lease, Ledger
 from ellm_jax.outputs import FinishReason
+from ellm_jax.overlap import Overlap
 from ellm_jax.pressure import Pressure
 from ellm_jax.recovery import Recovery
 from ellm_jax.request import Request, Status
@@ -30,6 +31,7 @@ from ellm_jax.scheduler.batching import Scheduler
 from ellm_jax.scheduler.plan import MemoryPressure, Plan
 from ellm_jax.scheduler.slo import SloBuffer
 from ellm_jax.step_results import take_prompt_logprobs, token_logprobs
+from ellm_jax.structured.matcher import GrammarError, Matcher
 
 # Plans tried before the loop looks after its callers again.
 _MAX_PLANS = 16
@@ -55,8 +57,10 @@ class HostLoop:
         clock: seconds, monotonic.
         asleep: whether the weights are gone; requests wait.
         absent_bytes: bytes of the weights while they are gone.
+        overlap: what the host's work beside the steps takes.
         lifecycle: ends requests and gives back what they hold.
         tiering: moves requests between the tiers; None without a host tier.
+        on_step: called with each step that is over, and when; None: nobody asks.
     """
 
     executor: Executor
@@ -71,8 +75,11 @@ class HostLoop:
     stats: LoopStats = field(default_factory=LoopStats)
     asleep: bool = False
     absent_bytes: int = 0
+    on_step: Callable[[DispatchedStep, float], None] | None = None
+    overlap: Overlap = field(default_factory=Overlap)
     _in_flight: deque[DispatchedStep] = field(default_factory=deque)
     _settled_s: float = 0.0
+    _waited_s: float = 0.0
 
     def __post_init__(self) -> None:
         ledger, scheduler = self.ledger, self.scheduler
@@ -96,6 +103,10 @@ class HostLoop:
         """Queues a request."""
         self.scheduler.add(request)
 
+    def refuse(self, request: Request, error: str) -> None:
+        """Ends a request that was never queued, and says why."""
+        self.lifecycle.give_up([request], error)
+
     def abort(self, request: Request, reason: FinishReason = "abort") -> None:
         """Ends a request now; tokens in flight for it are dropped."""
         if request.status is not Status.FINISHED:
@@ -107,6 +118,15 @@ class HostLoop:
         than the limit."""
         if self.asleep:
             return False
+        begin_s = self.clock() - self._waited_s - self.compiler.waited_s
+        goes_on = self._advance()
+        if goes_on:
+            end_s = self.clock() - self._waited_s - self.compiler.waited_s
+            self.overlap.note_host(end_s - begin_s)
+        return goes_on
+
+    def _advance(self) -> bool:
+        settled = self._settle_early()
         launched = self._launch()
         if launched is not None:
             self._in_flight.append(launched)
@@ -115,7 +135,7 @@ class HostLoop:
             return True
         if launched is None and self.tiering is not None and self.tiering.wait():
             return True
-        return launched is not None or self.ledger.repair()
+        return settled or launched is not None or self.ledger.repair()
 
     def drain(self) -> bool:
         """Waits for the steps in flight and settles them; False if there are none."""
@@ -218,6 +238,8 @@ class HostLoop:
                 request = share.request
                 if request.first_scheduled_s is None:
                     request.first_scheduled_s = now
+                    self.stats.started += 1
+                    self.stats.prefix_hits += request.cached_tokens > 0
                     self.stats.prompt_tokens += len(request.prompt_ids)
                     self.stats.cached_tokens += request.cached_tokens
                 request.computed += share.count
@@ -242,17 +264,31 @@ class HostLoop:
 
     # Settling.
 
+    def _settle_early(self) -> bool:
+        """Settles the step in flight before the next one is planned, where requests wait for its
+        tokens to be part of that, and the others lose little or nothing by it. Otherwise those
+        requests are part of every other step."""
+        if not self._in_flight or not self._in_flight[-1].plan.mode.masked:
+            return False
+        if self.overlap.pays and not self.executor.ready(self._in_flight[-1].handle):
+            return False
+        return self.drain()
+
     def _settle(self, step: DispatchedStep) -> None:
         """Takes the tokens of the oldest step, after waiting for them."""
         try:
+            begin_s = self.clock()
             with self.stats.timed("wait_s"):
                 result = self.executor.wait(step.handle)
+            self._waited_s += self.clock() - begin_s
         except StepFailed as failure:
             self._recovery.step_failed(step, failure)
             return
         with self.stats.timed("settle_s"):
             now = self.clock()
             self._learn(step, now)
+            if self.on_step is not None:
+                self.on_step(step, now)
             self.ledger.finish(step.lease)
             self.stats.steps += 1
             self._pressure.crowded = False
@@ -292,6 +328,7 @@ class HostLoop:
         """Takes the time of a step in: from its start, or the end of the one before it."""
         seconds = now - max(step.begin_s, self._settled_s)
         self._settled_s = now
+        self.overlap.note_step(seconds)
         work = step.plan.work
         decoding = sum(1 for share in step.plan.shares if share.count == 1 and share.samples)
         if decoding:
@@ -324,6 +361,7 @@ class HostLoop:
         elif request.tpot_ms is not None:
             late[1] |= self.scheduler.pace.due_s(request) < now
         request.output_ids.append(token)
+        self.stats.output_tokens += 1
         if request.params.logprobs is not None and result.logprobs is not None:
             count = request.params.logprobs
             request.logprobs.append(token_logprobs(token, result.logprobs, sample, count))
@@ -337,8 +375,21 @@ class HostLoop:
         if stopped_by is not None:
             request.stop_reason = stopped_by
             self.lifecycle.finish(request, "stop")
+        elif request.matcher is not None and self._follow(request, request.matcher, token):
+            return
         elif len(request.output_ids) >= request.max_tokens:
             self.lifecycle.finish(request, "length")
+
+    def _follow(self, request: Request, matcher: Matcher, token: int) -> bool:
+        """Goes on in a request's grammar; True if that ends it."""
+        try:
+            matcher.take(token)
+        except GrammarError as error:
+            self.lifecycle.give_up([request], f"structured output: {error}")
+            return True
+        if matcher.complete:
+            self.lifecycle.finish(request, "stop")
+        return matcher.complete
 
 
 def _slot(request: Request) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 import numbers
 import random
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -17,6 +18,8 @@ from ellm_jax.models.config import ModelConfig
 from ellm_jax.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from ellm_jax.request import Request, Status
 from ellm_jax.sampling import SamplingParams
+from ellm_jax.structured.grammars import Grammar, Grammars
+from ellm_jax.structured.output import StructuredOutput
 from ellm_jax.text import CompletionText
 from ellm_jax.tokenizer import Tokenizer
 
@@ -105,12 +108,14 @@ class Group:
         prompt: its text; None where token ids were given.
         requests: one per completion.
         texts: their texts; None without a tokenizer.
+        grammar: what their output has to be, compiled or being compiled; None: anything.
     """
 
     id: str
     prompt: str | None
     requests: list[Request]
     texts: dict[Request, CompletionText | None] = field(default_factory=dict)
+    grammar: Future[Grammar] | None = None
 
     @property
     def finished(self) -> bool:
@@ -132,7 +137,7 @@ class Group:
             prompt_token_ids=first.prompt_ids,
             outputs=tuple(self._completion(i) for i in range(len(self.requests))),
             finished=finished,
-            metrics=self._metrics(),
+            metrics=self.metrics(),
             prompt_logprobs=prompt_logprobs,
         )
 
@@ -151,7 +156,9 @@ class Group:
             error=request.error,
         )
 
-    def _metrics(self) -> RequestMetrics:
+    def metrics(self) -> RequestMetrics:
+        """Times and counts so far."""
+
         def earliest(name: str) -> float | None:
             values = [getattr(request, name) for request in self.requests]
             return min((v for v in values if v is not None), default=None)
@@ -181,6 +188,7 @@ class Intake:
         room_bytes: what one request alone could take of the KV cache.
         tile_tokens, chunk_bytes: how tokens become bytes of KV.
         defaults: targets of requests that bring none.
+        grammars: compiles what outputs have to be; None without a tokenizer.
     """
 
     model_config: ModelConfig
@@ -190,6 +198,7 @@ class Intake:
     tile_tokens: int
     chunk_bytes: int
     defaults: RequestOptions = field(default_factory=lambda: RequestOptions())
+    grammars: Grammars | None = None
 
     def group(
         self,
@@ -215,6 +224,8 @@ class Intake:
         if not params.ignore_eos:
             stop_ids |= frozenset(self.model_config.eos_token_ids)
         group = Group(group_id, text, [])
+        if params.structured is not None:
+            group.grammar = self.compile(params.structured)
         for index in range(params.n):
             request = Request(
                 id=group_id if params.n == 1 else f"{group_id}/{index}",
@@ -233,6 +244,16 @@ class Intake:
                 None if self.tokenizer is None else CompletionText(self.tokenizer, ids, params)
             )
         return group
+
+    def compile(self, structured: StructuredOutput) -> Future[Grammar]:
+        """What an output has to be, compiled now or soon; see `Grammars.get`.
+
+        Raises:
+            ValueError: there is no tokenizer, or it cannot be compiled now.
+        """
+        self._need_tokenizer("structured output")
+        assert self.grammars is not None
+        return self.grammars.get(structured)
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, tuple[int, ...]]:
         if isinstance(prompt, str):

@@ -66,6 +66,7 @@ class Lifecycle:
             self._scheduler.pace.note_answer(request)
         request.finish_reason = reason
         request.finished_s = self._clock()
+        request.matcher = None  # of no more use, and it may be large
         self._executor.give_back(request)
         self.leaving[request] = None
         self._on_finish(request)

@@ -1,7 +1,7 @@
 """What a request gives back: texts, tokens, log probabilities and times."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -125,6 +125,38 @@ class RequestOutput:
     def token_ids(self) -> tuple[int, ...]:
         """The generated tokens of the first completion."""
         return self.outputs[0].token_ids
+
+
+class CompletionDelta(NamedTuple):
+    """What is new of one continuation. One is made per token of a stream, hence a tuple.
+
+    Attributes:
+        index: Which of the request's ``n`` completions.
+        text: What comes behind the text so far; may be empty.
+        token_ids: The tokens that came, in order.
+        finish_reason, stop_reason, error: As in ``CompletionOutput``, once, when it has ended.
+        logprobs: One entry per new token, where they were asked for.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
+class RequestUpdate(NamedTuple):
+    """What is new of a request. Its texts and tokens, put behind each other, are the output.
+
+    Attributes:
+        deltas: The completions that moved, by index.
+        finished: Whether every completion has ended; nothing comes after that.
+    """
+
+    deltas: tuple[CompletionDelta, ...]
+    finished: bool
 
 
 def _milliseconds(start_s: float | None, end_s: float | None) -> float | None:

@@ -99,6 +99,7 @@ class Recovery:
             for r in running
             if cause.mode.prompt_logprobs and r.params.prompt_logprobs is not None
         ]
+        asking += [r for r in running if cause.mode.masked and r.matcher is not None]
         self._lifecycle.give_up(asking or running, str(cause))
 
     def restart_broken(self) -> bool:

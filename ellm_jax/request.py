@@ -12,6 +12,7 @@ from ellm_jax.sampling import SamplingParams
 if TYPE_CHECKING:
     from ellm_jax.memory.host_tier import HostCopy
     from ellm_jax.memory.prefix import TileKeys
+    from ellm_jax.structured.matcher import Matcher
 
 PRIORITY_S = 10.0
 """A level of priority is worth so many seconds of waiting."""
@@ -59,6 +60,7 @@ class Request:
         copy_failed: a copy of its KV to host memory failed; it is not tried again.
         parked: not to be planned: it leaves for host memory when no step names it.
         to_host: admitted to leave for host memory after its first token.
+        matcher: which tokens may come next, after `output_ids`; None: any.
         synthetic: its prompt counts as computed, whatever is in its memory; for measuring decodes
             behind contexts that take minutes to prefill.
         num_preemptions: how often it lost its slot.
@@ -76,6 +78,7 @@ class Request:
     ttft_ms: float | None = None
     tpot_ms: float | None = None
     salt: bytes = b""
+    matcher: Matcher | None = None
     synthetic: bool = False
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -138,6 +141,12 @@ class Request:
         if len(self.output_ids) + self.in_flight >= self.max_tokens:
             return 0
         return self.num_tokens - self.computed
+
+    @property
+    def waits_for_token(self) -> bool:
+        """Whether it cannot be planned before its token in flight is known: what may follow it
+        depends on it."""
+        return self.matcher is not None and self.in_flight > 0
 
     @property
     def wants_prompt_logprobs(self) -> bool:

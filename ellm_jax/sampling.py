@@ -10,6 +10,8 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ellm_jax.structured.output import StructuredOutput
+
 MAX_LOGPROBS = 20
 """Most alternatives per token that may be asked for: the width of the compiled top-n."""
 
@@ -27,8 +29,8 @@ _SEED_MIN, _SEED_MAX = -(2**63), 2**64 - 1
 class SamplingParams:
     """How to continue one prompt.
 
-    Filters apply in this order: logit bias, ``min_tokens``, penalties, temperature, min-p,
-    top-k, top-p.
+    Filters apply in this order: logit bias, ``min_tokens``, penalties, the form of structured
+    output, temperature, min-p, top-k, top-p.
 
     Attributes:
         n: Completions per prompt, each with its own noise; at most 128.
@@ -52,6 +54,9 @@ class SamplingParams:
         prompt_logprobs: The same for the tokens of the prompt.
         skip_special_tokens: Leave special tokens out of the text.
         include_stop_str_in_output: Keep the stop string at the end of the text.
+        structured: What the text has to be: a JSON schema, a regular expression, a grammar, or one
+            of several texts. It ends when nothing more may follow; a stop string, a stop token or
+            ``max_tokens`` may end it sooner.
 
     Raises:
         ValueError: a value outside its range; says which, the range, and what to do.
@@ -77,6 +82,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    structured: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
         _check_int("n", self.n, 1, MAX_COMPLETIONS, "submit the prompt again for more")
@@ -119,6 +125,11 @@ class SamplingParams:
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}: must be True or False")
+        if not isinstance(self.structured, StructuredOutput | None):
+            raise TypeError(
+                f"structured is a {type(self.structured).__name__}: must be a StructuredOutput, as "
+                "in StructuredOutput(regex='[0-9]+')"
+            )
         object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
         object.__setattr__(self, "stop", _checked_stop(self.stop))
         object.__setattr__(self, "stop_token_ids", _checked_ids(self.stop_token_ids))
@@ -127,7 +138,8 @@ class SamplingParams:
     def from_dict(cls, values: Mapping[str, Any]) -> "SamplingParams":
         """Makes parameters from a mapping such as a parsed JSON object.
 
-        Bias keys may be decimal strings, since JSON has no other kind of key.
+        Bias keys may be decimal strings, since JSON has no other kind of key; ``structured`` may be
+        a mapping, such as {"regex": "[0-9]+"}.
 
         Raises:
             ValueError: a name that does not exist, with the nearest one that does; or as the
@@ -140,6 +152,9 @@ class SamplingParams:
                 near = difflib.get_close_matches(str(name), names, n=1)
                 remedy = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
                 raise ValueError(f"unknown sampling parameter {name!r}; {remedy}")
+        structured = values.get("structured")
+        if isinstance(structured, Mapping):
+            values = {**values, "structured": StructuredOutput.from_dict(structured)}
         return cls(**values)
 
     @property

@@ -18,6 +18,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("cuda", "cpu"),
         help="what tests/gpu runs on; on the CPU, those that can show that they themselves work",
     )
+    parser.addoption(
+        "--cancels",
+        type=int,
+        default=60,
+        help="how many calls the soak of cancelled calls makes",
+    )
 
 
 LONGEST = ("test_tensor_parallel.py", "test_int8.py", "test_engine.py", "test_elastic.py")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from tokenized import add_tokenizer
 
-from ellm_jax import Engine, EngineConfig, SamplingParams
+from ellm_jax import Engine, EngineConfig, SamplingParams, StructuredOutput
 from ellm_jax.cli import main, options
 
 _SMALL = ["--quiet", "--no-warm-up", "--max-batch-tokens", "32", "--device-memory", "32MiB"]
@@ -59,7 +59,7 @@ def test_every_command_has_help_with_examples(capsys: pytest.CaptureFixture[str]
         assert "examples:" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("cls", [EngineConfig, SamplingParams])
+@pytest.mark.parametrize("cls", [EngineConfig, SamplingParams, StructuredOutput])
 def test_every_field_has_an_option_with_help(cls: type) -> None:
     import argparse
 
@@ -68,6 +68,8 @@ def test_every_field_has_an_option_with_help(cls: type) -> None:
     options.add_sampling_options(parser)
     actions = {action.dest: action for action in parser._actions}
     for field in dataclasses.fields(cls):
+        if field.name == "structured":
+            continue  # its own fields have options
         action = actions[f"{cls.__name__}.{field.name}"]
         assert action.help, field.name
         assert "None" not in action.help, f"{field.name}: None is no word of a command line"
@@ -81,7 +83,7 @@ def test_options_reach_the_dataclasses() -> None:
     options.add_sampling_options(parser, max_tokens=7)
     line = "--device-memory 2GiB --max-num-seqs 3 --no-warm-up --quiet --dtype bfloat16"
     line += " --n 2 --stop a --stop b --stop-token-ids 4 --logit-bias 5=-1.5 --logit-bias 6=2"
-    line += " --ignore-eos --no-skip-special-tokens --seed 9"
+    line += " --ignore-eos --no-skip-special-tokens --seed 9 --choice yes --choice no"
     args = parser.parse_args(line.split())
     assert options.engine_config(args) == EngineConfig(
         device_memory="2GiB", max_num_seqs=3, warm_up=False, progress=False, dtype="bfloat16"
@@ -95,6 +97,7 @@ def test_options_reach_the_dataclasses() -> None:
         skip_special_tokens=False,
         seed=9,
         max_tokens=7,
+        structured=StructuredOutput(choice=["yes", "no"]),
     )
 
 

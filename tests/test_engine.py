@@ -45,6 +45,18 @@ def test_many_requests_through_a_small_pool_answer_as_each_alone(tiny_checkpoint
     assert sum(report.by_owner().values()) == report.limit_bytes
 
 
+def test_counters_say_what_ran(tiny_checkpoint, make_engine):
+    engine = make_engine(tiny_checkpoint("llama"), max_num_seqs=1)
+    prompt = list(range(1, 61))
+    for _ in range(2):
+        engine.generate(prompt, greedy(5))
+    stats = engine.stats()
+    assert (stats.started, stats.prefix_hits, stats.output_tokens) == (2, 1, 10)
+    assert stats.prompt_tokens == 120
+    assert 0 < stats.cached_tokens < 60
+    assert stats.compiled_steps > 0
+
+
 @pytest.mark.parametrize(("dtype", "device_memory"), [("float32", "11MiB"), ("bfloat16", "6MiB")])
 def test_preemption_changes_no_token(dtype, device_memory, tiny_checkpoint, make_engine):
     """Short prompts that all grow until the pool is full: some are preempted and computed again."""

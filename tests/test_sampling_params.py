@@ -35,6 +35,7 @@ def test_defaults_are_those_of_vllm():
         "prompt_logprobs": None,
         "skip_special_tokens": True,
         "include_stop_str_in_output": False,
+        "structured": None,
     }
 
 

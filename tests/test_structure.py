@@ -14,12 +14,15 @@ ROOT = Path(ellm_jax.__file__).parent
 # Top floor first. A module belongs to the longest entry that its name starts with.
 FLOORS = [
     ["ellm_jax.cli", "ellm_jax.__main__"],
+    ["ellm_jax.serving.run"],
+    ["ellm_jax.serving.grpc", "ellm_jax.serving.http"],
     ["ellm_jax.bench", "ellm_jax.serving", "ellm_jax.batch_file", "ellm_jax.doctor"],
     ["ellm_jax.doctor_cuda", "ellm_jax.doctor_finding"],
     ["ellm_jax.engine"],
     ["ellm_jax.sim"],
     ["ellm_jax.completions"],
     ["ellm_jax.assembly", "ellm_jax.engine_thread", "ellm_jax.limits"],
+    ["ellm_jax.progress"],
     ["ellm_jax.intake"],
     ["ellm_jax.host_loop"],
     ["ellm_jax.pressure"],
@@ -34,14 +37,19 @@ FLOORS = [
     ["ellm_jax.checkpoint"],
     ["ellm_jax.models"],
     ["ellm_jax.runtime.ops"],
+    ["ellm_jax.structured"],
     ["ellm_jax.text"],
     ["ellm_jax.tokenizer"],
     ["ellm_jax.request"],
-    ["ellm_jax.outputs", "ellm_jax.sampling", "ellm_jax.config"],
+    ["ellm_jax.outputs", "ellm_jax.sampling", "ellm_jax.config", "ellm_jax.overlap"],
+    ["ellm_jax.structured.output", "ellm_jax.structured.matcher"],
+    ["ellm_jax.client"],
+    ["ellm_jax.protocol"],
     ["ellm_jax._native"],
 ]
 WITHOUT_JAX = ["ellm_jax.scheduler", "ellm_jax.memory", "ellm_jax.request", "ellm_jax.sampling"]
 WITHOUT_JAX += ["ellm_jax.config", "ellm_jax.outputs", "ellm_jax.tokenizer", "ellm_jax.text"]
+WITHOUT_JAX += ["ellm_jax.structured", "ellm_jax.overlap"]
 
 
 def modules() -> dict[str, Path]:

@@ -72,7 +72,9 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="write a summary as JSON at the end")
     options.add_sampling_options(
-        parser, leave_out=("n", "logprobs", "prompt_logprobs", "logit_bias"), max_tokens=256
+        parser,
+        leave_out=("n", "logprobs", "prompt_logprobs", "logit_bias", "structured"),
+        max_tokens=256,
     )
     options.add_engine_options(parser)
     parser.set_defaults(run=run)

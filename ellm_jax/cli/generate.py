@@ -26,9 +26,13 @@ examples:
   ellm generate --model ./my-model --chat --system "Answer briefly." "Why is the sky blue?"
   ellm generate --model ./my-model --input prompts.txt --json > answers.jsonl
   echo "The little fox" | ellm generate --quiet --temperature 0
+  ellm generate "The fox was" --choice happy --choice sad
+  ellm generate "Once upon a time" --regex "[A-Z][a-z ]{10,60}[.]"
+  ellm generate --model ./my-model --json-schema person.json "Ada Lovelace, born in 1815:"
 
 One prompt is streamed; several run together and are printed in their order. Without prompts, lines
 are read from standard input. --json writes one line per prompt with texts, token ids and times.
+Structured output needs llguidance: pip install 'ellm-jax[serve]'.
 """
 
 _MAX_NUM_SEQS = 64

@@ -7,6 +7,7 @@ import argparse
 import collections.abc
 import dataclasses
 import inspect
+import pathlib
 import re
 import types
 import typing
@@ -15,12 +16,18 @@ from typing import Any, TypeVar
 
 from ellm_jax.config import DEVICES, LOAD_FORMATS, POLICY_NAMES, QUANTIZATIONS, EngineConfig
 from ellm_jax.sampling import MIN_TEMPERATURE, SamplingParams
+from ellm_jax.serving.settings import LOG_LEVELS, ServeConfig
+from ellm_jax.structured.output import StructuredOutput
 
 _T = TypeVar("_T")
 
 _RENAMED_SWITCHES = {"progress": "quiet"}
 """Switches whose negation has a better name than --no-..., with what they say."""
-_OWN_HELP = {"progress": "no progress bars and no summary; only results and errors"}
+_OWN_HELP = {
+    "progress": "no progress bars and no summary; only results and errors",
+    "json_schema": "a file with a JSON schema; the text is JSON that follows it",
+    "grammar": "a file with a grammar that the text follows, in llguidance's Lark or in GBNF",
+}
 _METAVARS = {
     "device_memory": "SIZE",
     "host_memory": "SIZE",
@@ -30,6 +37,12 @@ _METAVARS = {
     "quantization": "{" + ",".join(QUANTIZATIONS) + "}",
     "policy": "{" + ",".join(POLICY_NAMES) + "}",
     "compilation_cache": "DIR",
+    "http": "HOST:PORT",
+    "grpc": "HOST:PORT",
+    "tls_cert": "FILE",
+    "tls_key": "FILE",
+    "tls_client_ca": "FILE",
+    "log_level": "{" + ",".join(LOG_LEVELS) + "}",
 }
 
 
@@ -59,11 +72,32 @@ def engine_config(args: argparse.Namespace, **defaults: Any) -> EngineConfig:
     return _collect(args, EngineConfig, defaults)
 
 
+def add_serve_options(
+    parser: argparse.ArgumentParser, leave_out: Sequence[str] = (), **defaults: Any
+) -> None:
+    """Options for the fields of `ServeConfig`; `defaults` replace those of the class."""
+    _add(parser.add_argument_group("serving"), ServeConfig, defaults, leave_out)
+
+
+def serve_config(args: argparse.Namespace, **defaults: Any) -> ServeConfig:
+    """The configuration that the options say; `defaults` stand where an option was not given.
+
+    Raises:
+        ValueError: a value that the class refuses.
+    """
+    return _collect(args, ServeConfig, defaults)
+
+
 def add_sampling_options(
     parser: argparse.ArgumentParser, leave_out: Sequence[str] = (), **defaults: Any
 ) -> None:
-    """Options for the fields of `SamplingParams`; `defaults` replace those of the class."""
-    _add(parser.add_argument_group("sampling"), SamplingParams, defaults, leave_out)
+    """Options for the fields of `SamplingParams`; `defaults` replace those of the class. Of its
+    field `structured` they are those of `StructuredOutput`."""
+    group = parser.add_argument_group("sampling")
+    _add(group, SamplingParams, defaults, [*leave_out, "structured"])
+    if "structured" not in leave_out:
+        group = parser.add_argument_group("structured output", "One of these at most.")
+        _add(group, StructuredOutput, {}, ())
 
 
 def sampling_params(args: argparse.Namespace, **defaults: Any) -> SamplingParams:
@@ -89,6 +123,8 @@ def _collect(args: argparse.Namespace, cls: type[_T], defaults: Mapping[str, Any
     given = given_fields(args, cls)
     if "logit_bias" in given:
         given["logit_bias"] = dict(given["logit_bias"])
+    if cls is SamplingParams and (form := given_fields(args, StructuredOutput)):
+        given["structured"] = StructuredOutput(**form)
     return cls(**{**defaults, **given})
 
 
@@ -116,9 +152,9 @@ def _add(group: Any, cls: type[Any], defaults: Mapping[str, Any], leave_out: Seq
             action = "store_false" if default else "store_true"
             group.add_argument(f"--{flag}", action=action, help=_escaped(text), **common)
             continue
-        if default is not None:
+        if default not in (None, ""):
             text = f"{text} (default: {default})"
-        parse, repeatable = _parser_of(kinds[field.name])
+        parse, repeatable = _OWN_PARSERS.get(field.name) or _parser_of(kinds[field.name])
         group.add_argument(
             f"--{flag}",
             type=parse,
@@ -155,8 +191,22 @@ def _pair(text: str) -> tuple[int, float]:
         ) from None
 
 
+def _text_of(path: str) -> str:
+    """Reads a file."""
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"{path} cannot be read as text: {error}") from None
+
+
+_OWN_PARSERS: dict[str, tuple[Callable[[str], Any], bool]] = {
+    "json_schema": (_text_of, False),
+    "grammar": (_text_of, False),
+}
+
+
 def _metavar(parse: Callable[[str], Any]) -> str:
-    return {int: "N", float: "X", str: "TEXT", _pair: "ID=X"}[parse]
+    return {int: "N", float: "X", str: "TEXT", _pair: "ID=X", _text_of: "FILE"}[parse]
 
 
 def _attribute_docs(cls: type[Any]) -> dict[str, str]:

@@ -31,6 +31,7 @@ from ellm_jax.runtime.step import (
     initial_carry,
     on_one,
 )
+from ellm_jax.structured.matcher import mask_words
 
 
 @dataclass(frozen=True)
@@ -113,13 +114,17 @@ class Runner:
         if self._mesh is None:
             call = on_one(step, options)
         else:
-            call = on_all(step, self._mesh, self._weights, options)
+            call = on_all(step, self._mesh, self._weights, options, masked=key.mode.masked)
         meta = jax.ShapeDtypeStruct((layout.words,), np.int32)
         rows, vocab = self.state_rows, self.config.vocab_size
         carry = self._abstract(jax.eval_shape(lambda: initial_carry(self._num_slots)))
         state = self._abstract(jax.eval_shape(lambda: sampler.init_state(rows, vocab)))
-        compiled = call.lower(self._weights, meta, carry, state).compile()  # type: ignore[attr-defined]
+        masks = []
+        if key.mode.masked:
+            masks = [jax.ShapeDtypeStruct((key.shape.seqs, mask_words(vocab)), np.int32)]
+        compiled = call.lower(self._weights, meta, carry, state, *masks).compile()  # type: ignore[attr-defined]
         extra_bytes = self._backend.extra_bytes(self.config, key.shape)
+        extra_bytes += sum(mask.size * mask.dtype.itemsize for mask in masks)
         return call, step_need_bytes(compiled, extra_bytes)
 
     def _fresh(self, state_rows: int) -> tuple[StepCarry, SamplerState]:
@@ -173,10 +178,12 @@ class Runner:
         spans: Sequence[Span],
         sampling: SamplingInputs | None,
         targets: Sequence[int] | None,
+        allowed: np.ndarray[tuple[int, int], np.dtype[np.int32]] | None = None,
     ) -> StepResult:
         """Starts a step and returns what it will give; nothing waits for it here.
 
-        The step has to be compiled, and the KV of its spans mapped.
+        The step has to be compiled, and the KV of its spans mapped. `allowed` is the mask of a
+        masked step; nobody may write to it afterwards.
 
         Raises:
             StepFailed: it could not be started.
@@ -189,9 +196,11 @@ class Runner:
             except (RuntimeError, ValueError) as error:
                 raise StepFailed(str(error)) from error
         call = step.greedy if sampling is None else step.sampled
-        meta: Any = packed
+        host: list[Any] = [packed] if allowed is None else [packed, allowed]
         try:
-            result, self._carry, self._state = call(self._weights, meta, self._carry, self._state)
+            result, self._carry, self._state = call(
+                self._weights, host[0], self._carry, self._state, *host[1:]
+            )
         except jax.errors.JaxRuntimeError as error:
             self.recover()
             raise StepFailed(str(error)) from error

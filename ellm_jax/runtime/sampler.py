@@ -35,6 +35,7 @@ _LIMBS = 3
 _KEY_OF_MINUS_INF = -0x7F800001
 _SIGN_SHIFT = 31
 _VALUE_BITS = 0x7FFFFFFF
+_MASK_BITS = 32
 
 
 class SamplerState(NamedTuple):
@@ -174,33 +175,47 @@ def state_row(
     return words, bias
 
 
-def greedy(logits: jax.Array, *, together: bool = False) -> jax.Array:
+def greedy(
+    logits: jax.Array, allowed: jax.Array | None = None, *, together: bool = False
+) -> jax.Array:
     """The likeliest token of each row, the lowest id among equals; -1 where a logit is NaN.
 
     Args:
         logits: f32[S, V].
+        allowed: As of ``sample``.
         together: As of ``sample``.
 
     Returns:
         i32[S].
     """
-    tokens: jax.Array = _each_row(_likeliest, logits, together=together)
+
+    def choose(logits: jax.Array, allowed: jax.Array | None = None) -> jax.Array:
+        return _likeliest(_restrict(logits, allowed))
+
+    tokens: jax.Array = _each_row(choose, logits, *_if_given(allowed), together=together)
     return tokens
 
 
 def sample(
-    logits: jax.Array, inputs: SamplingInputs, state: SamplerState, *, together: bool = False
+    logits: jax.Array,
+    inputs: SamplingInputs,
+    state: SamplerState,
+    allowed: jax.Array | None = None,
+    *,
+    together: bool = False,
 ) -> tuple[jax.Array, SamplerState]:
     """Chooses a token per row and counts it in the row's state.
 
-    Order: bias, ``min_tokens``, penalties, temperature, min-p, top-k, top-p. Top-p looks at the
-    probabilities among what min-p and top-k left. Tokens as likely as the last one kept are
-    kept too.
+    Order: bias, ``min_tokens``, penalties, the tokens that are allowed, temperature, min-p, top-k,
+    top-p. Top-p looks at the probabilities among what min-p and top-k left. Tokens as likely as the
+    last one kept are kept too.
 
     Args:
         logits: f32[S, V].
         inputs: See ``SamplingInputs``.
         state: Donate it to the jitted step: it is then updated in place.
+        allowed: i32[S, ceil(V / 32)]: bit t % 32 of word t // 32 says whether the row may have
+            token t; at least one has to be set. None: any token, and no work for it.
         together: All rows at once, and all work for each of them, as it suits a GPU: there the
             host would have to wait to find out what no row asks for. Else one row after the other,
             as it suits a CPU, and what a row does not ask for is left out.
@@ -209,22 +224,29 @@ def sample(
         (tokens i32[S], state). A token is -1, and not counted, where a logit is NaN; in a row
         with noise also where the largest is infinite.
     """
-    tokens = choose(logits, inputs, state, together=together)
+    tokens = choose(logits, inputs, state, allowed, together=together)
     return tokens, count(tokens, inputs, state)
 
 
 def choose(
-    logits: jax.Array, inputs: SamplingInputs, state: SamplerState, *, together: bool = False
+    logits: jax.Array,
+    inputs: SamplingInputs,
+    state: SamplerState,
+    allowed: jax.Array | None = None,
+    *,
+    together: bool = False,
 ) -> jax.Array:
     """The tokens that ``sample`` gives, before they are counted."""
     if logits.shape[1] > VOCAB_MAX:
         raise ValueError(f"a vocabulary of {logits.shape[1]} tokens: at most {VOCAB_MAX} work")
-    tokens: jax.Array = _each_row(
-        lambda logits, inputs: _choose(logits, inputs, state, skip=not together),
-        logits,
-        inputs,
-        together=together,
-    )
+
+    def choose_row(
+        logits: jax.Array, inputs: SamplingInputs, allowed: jax.Array | None = None
+    ) -> jax.Array:
+        return _choose(logits, inputs, state, allowed, skip=not together)
+
+    rows = (logits, inputs, *_if_given(allowed))
+    tokens: jax.Array = _each_row(choose_row, *rows, together=together)
     return tokens
 
 
@@ -270,6 +292,19 @@ def _each_row(function: Callable[..., Any], *rows: Any, together: bool = False) 
     return lax.map(one, rows)
 
 
+def _if_given(array: jax.Array | None) -> tuple[jax.Array, ...]:
+    return () if array is None else (array,)
+
+
+def _restrict(logits: jax.Array, allowed: jax.Array | None = None) -> jax.Array:
+    """Minus infinity for tokens that are not allowed (see ``sample``); f32[S, V]."""
+    if allowed is None:
+        return logits
+    bits = (allowed[:, :, None] >> jnp.arange(_MASK_BITS)) & 1
+    bits = bits.reshape(allowed.shape[0], -1)[:, : logits.shape[1]]
+    return jnp.where(bits != 0, logits, -jnp.inf)
+
+
 def _likeliest(logits: jax.Array) -> jax.Array:
     # jnp.argmax carries value and index through one scalar loop on the CPU. A maximum and a
     # search for it are two vector loops, several times faster.
@@ -280,10 +315,15 @@ def _likeliest(logits: jax.Array) -> jax.Array:
 
 
 def _choose(
-    logits: jax.Array, inputs: SamplingInputs, state: SamplerState, skip: bool = True
+    logits: jax.Array,
+    inputs: SamplingInputs,
+    state: SamplerState,
+    allowed: jax.Array | None = None,
+    skip: bool = True,
 ) -> jax.Array:
     """A token per row, i32[S]; the state is only read."""
     adjusted = _for_any(inputs.row > 0, lambda: _adjust(logits, inputs, state), logits, skip)
+    adjusted = _restrict(adjusted, allowed)
     noisy = inputs.temperature > 0
     nothing = jnp.zeros_like(inputs.row)
     likeliest = _for_any(~noisy, lambda: _likeliest(adjusted), nothing, skip)

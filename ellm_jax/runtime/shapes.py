@@ -31,15 +31,19 @@ class StepMode:
     Attributes:
         logprobs: report log probabilities of the sampled rows.
         prompt_logprobs: report log probabilities of the prompt's tokens.
+        masked: take a mask for each sampled row, of the tokens that it may sample.
     """
 
     logprobs: bool = False
     prompt_logprobs: bool = False
+    masked: bool = False
 
     def __or__(self, other: StepMode) -> StepMode:
         """What a step does for two requests together."""
         return StepMode(
-            self.logprobs or other.logprobs, self.prompt_logprobs or other.prompt_logprobs
+            self.logprobs or other.logprobs,
+            self.prompt_logprobs or other.prompt_logprobs,
+            self.masked or other.masked,
         )
 
 

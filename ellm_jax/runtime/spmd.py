@@ -18,18 +18,22 @@ def on_all(
     mesh: Mesh,
     weights: Any,
     compiler_options: Mapping[str, bool | str] | None = None,
+    *,
+    masked: bool = False,
 ) -> StepFunction:
     """The step on every device of a mesh, as one program. Carry and sampler state are donated.
+    `masked` says whether it takes a mask.
 
     Weights come divided as they lie. Everything else is whole on each device, results too: all of
     them sample from the same scores by the same operations, so that each has the token that it
     embeds next, and the host reads those of one.
     """
     whole = PartitionSpec()
+    others = 4 if masked else 3
     step = jax.shard_map(
         step,
         mesh=mesh,
-        in_specs=(jax.tree.map(lambda w: w.sharding.spec, weights), whole, whole, whole),
+        in_specs=(jax.tree.map(lambda w: w.sharding.spec, weights), *[whole] * others),
         out_specs=whole,
         # What is whole on each device is so by the model's collectives, which nobody can tell from
         # custom calls.
@@ -39,7 +43,7 @@ def on_all(
     divided = jax.tree.map(lambda w: w.sharding, weights)
     return jax.jit(
         step,
-        in_shardings=(divided, everywhere, everywhere, everywhere),
+        in_shardings=(divided, *[everywhere] * others),
         out_shardings=everywhere,
         donate_argnums=(2, 3),
         compiler_options=None if compiler_options is None else dict(compiler_options),

@@ -53,10 +53,8 @@ def initial_carry(num_slots: int) -> StepCarry:
     return StepCarry(jnp.zeros(1, jnp.int32), jnp.zeros(num_slots, jnp.int32))
 
 
-StepFunction = Callable[
-    [Any, jax.Array, StepCarry, SamplerState],
-    tuple[StepResult, StepCarry, SamplerState],
-]
+StepFunction = Callable[..., tuple[StepResult, StepCarry, SamplerState]]
+"""(weights, meta, carry, sampler state), and a mask if so built -> (result, carry, state)."""
 
 
 Sampling = Literal["any", "greedy", "all"]
@@ -72,16 +70,23 @@ def build_step(
     sampling: Sampling = "any",
     likeliest: Likeliest | None = None,
 ) -> StepFunction:
-    """The step of one bucket and mode: (weights, meta, carry, sampler state) -> (result, carry,
-    sampler state). To be compiled with `on_one`, or for several devices with `spmd.on_all`.
+    """The step of one bucket and mode. To be compiled with `on_one`, or for several devices with
+    `spmd.on_all`.
 
-    With `likeliest`, that is what "any" runs where all rows are greedy and have no state.
+    With `likeliest`, that is what "any" runs where all rows are greedy and have no state. In a
+    masked mode the step takes one more argument, which tokens the sampled rows may have
+    (i32[S, ceil(V / 32)], see `sampler.sample`); in all others nothing of that is compiled.
     """
     together = sampling != "any"
 
     def step(
-        weights: Any, meta: jax.Array, carry: StepCarry, state: SamplerState
+        weights: Any,
+        meta: jax.Array,
+        carry: StepCarry,
+        state: SamplerState,
+        allowed: jax.Array | None = None,
     ) -> tuple[StepResult, StepCarry, SamplerState]:
+        assert (allowed is not None) == mode.masked, "a mask and a mode that do not go together"
         model = nnx.merge(graph, weights)
         batch = layout.unpack(meta)
         tokens = resolve_tokens(batch.tokens, carry.last_tokens)
@@ -89,9 +94,11 @@ def build_step(
         last = hidden[batch.sample_rows]
         logits = model.logits(last, make_ops(meta, batch.num_samples))
         if sampling == "greedy":
-            chosen = sampler.greedy(logits, together=together)
-        elif likeliest is None:
-            chosen, state = sampler.sample(logits, batch.sampling, state, together=together)
+            chosen = sampler.greedy(logits, allowed, together=together)
+        elif likeliest is None or mode.masked:
+            chosen, state = sampler.sample(
+                logits, batch.sampling, state, allowed, together=together
+            )
         else:
             chosen, state = _sample_or_take(logits, batch, state, likeliest)
         result = StepResult(

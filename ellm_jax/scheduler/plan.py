@@ -15,7 +15,7 @@ NeedBytes = Callable[[int, int, StepMode, bool], int]
 """(token rows, sequences, mode, exact) -> what such a step takes beyond its arguments. With `exact`
 of the smallest bucket, even if that has to be compiled first."""
 
-_PLAIN = StepMode()
+_PLAIN, _MASKED = StepMode(), StepMode(masked=True)
 
 
 @dataclass(slots=True)
@@ -38,12 +38,14 @@ class Share:
     def mode(self) -> StepMode:
         """What the step has to report for it."""
         params = self.request.params
+        masked = self.samples and self.request.matcher is not None
         if params.logprobs is None and params.prompt_logprobs is None:
-            return _PLAIN
+            return _MASKED if masked else _PLAIN
         rest_of_prompt = self.begin + 1 < len(self.request.prompt_ids)
         return StepMode(
             logprobs=self.samples and params.logprobs is not None,
             prompt_logprobs=rest_of_prompt and self.request.wants_prompt_logprobs,
+            masked=masked,
         )
 
 

@@ -121,6 +121,10 @@ class SimExecutor:
         assert end <= request.num_tokens, f"{where}, but there are {request.num_tokens} tokens"
         assert share.samples == (end == request.num_tokens), f"{where} samples: {share.samples}"
 
+    def ready(self, handle: SimStep) -> bool:
+        """Whether its time is over."""
+        return handle.end_s <= self.clock()
+
     def wait(self, handle: SimStep) -> Outcome:
         """Lets time pass until the oldest step is over. Raises StepFailed if it was to."""
         assert self.in_flight[0] is handle, "waited for out of order"

@@ -1,0 +1,150 @@
+"""Bounds of connections and request heads, where uvicorn has none: below the application.
+
+A client that sends its head slowly, or one without an end, or never reads its answer, costs nothing
+but its connection, and that is taken back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from ellm_jax.serving.errors import ErrorKind, ServiceError
+from ellm_jax.serving.http.errors import HttpError, answer_of
+from ellm_jax.serving.settings import ServeConfig
+
+HEAD_TIMEOUT_S = 10.0
+"""Longest time that a client may take to send the head of a request."""
+MAX_HEADERS = 100
+"""Most headers of a request."""
+LINGER_S = 2.0
+"""How long the rest of a body is read and thrown away, once its request has been answered."""
+
+
+class _HeadTooLarge(Exception):
+    pass
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """A connection."""
+
+    bounds: ServeConfig
+    """Set by `bounded_by`."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Takes a connection, unless there are too many."""
+        super().connection_made(transport)
+        self._in_head = False
+        self._head_bytes = 0
+        self._body_read = True
+        self._stall: asyncio.TimerHandle | None = None
+        self._late: asyncio.TimerHandle | None = None
+        if len(self.connections) > self.bounds.max_connections:
+            most = self.bounds.max_connections
+            self._refuse(
+                ServiceError(ErrorKind.UNAVAILABLE, f"{most} connections are open; come back later")
+            )
+            return
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forgets it."""
+        super().connection_lost(exc)
+        for timer in (self._stall, self._late):
+            if timer is not None:
+                timer.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        """Takes what comes; a head that does not end is refused while it grows."""
+        if self.transport.is_closing():
+            return
+        if self._in_head:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._in_head and self._head_bytes > self.bounds.max_header_bytes:
+            self._refuse(self._head_error())
+
+    def on_message_begin(self) -> None:
+        """A head begins."""
+        super().on_message_begin()
+        self._in_head, self._head_bytes = True, 0
+        if self._late is None:
+            self._expect_head()
+
+    def on_headers_complete(self) -> None:
+        """A head has ended: the application is called, unless it is too large."""
+        self._in_head = self._body_read = False
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+        head_bytes = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if head_bytes > self.bounds.max_header_bytes or len(self.headers) > MAX_HEADERS:
+            raise _HeadTooLarge
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """A body has ended."""
+        self._body_read = True
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """An answer has ended; a client that still sends may do so for a moment."""
+        super().on_response_complete()
+        if not self._body_read:
+            self.loop.call_later(LINGER_S, self._end_linger, self.cycle)
+
+    def pause_writing(self) -> None:
+        """The client does not read as fast as it is written to."""
+        super().pause_writing()
+        self._stall = self.loop.call_later(self.bounds.stall_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The client has read."""
+        super().resume_writing()
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
+
+    def send_400_response(self, msg: str) -> None:
+        """The head was none, or too large."""
+        large = self._head_bytes > self.bounds.max_header_bytes or (
+            self.headers is not None and not self._in_head
+        )
+        self._refuse(self._head_error() if large else HttpError(400, "this is not HTTP; check it"))
+
+    def _expect_head(self) -> None:
+        self._late = self.loop.call_later(HEAD_TIMEOUT_S, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        self._late = None
+        self._refuse(HttpError(408, f"no head of a request came within {HEAD_TIMEOUT_S:g} s"))
+
+    def _head_error(self) -> HttpError:
+        most = self.bounds.max_header_bytes
+        return HttpError(
+            431,
+            f"a head may have {most} bytes and {MAX_HEADERS} headers; send less",
+            code="too_large",
+        )
+
+    def _end_linger(self, cycle: Any) -> None:
+        if self.cycle is cycle and not self._body_read:
+            self.transport.close()
+
+    def _refuse(self, error: ServiceError | HttpError) -> None:
+        """Answers without the application, and hangs up."""
+        if self.transport.is_closing():
+            return
+        answer = answer_of(error)
+        head = [STATUS_LINE[answer.status], b"content-type: application/json\r\n"]
+        head += [f"{name}: {value}\r\n".encode() for name, value in answer.headers.items()]
+        head.append(b"content-length: %d\r\nconnection: close\r\n\r\n" % len(answer.body))
+        self.transport.write(b"".join(head) + answer.body)
+        self.transport.close()
+
+
+def bounded_by(config: ServeConfig) -> type[BoundedProtocol]:
+    """The protocol under the bounds of a configuration, as uvicorn takes it: a class."""
+    return type("BoundedProtocol", (BoundedProtocol,), {"bounds": config})

@@ -1,0 +1,1 @@
+"""Output that follows a JSON schema, a regular expression, a grammar, or a list of choices."""
