@@ -129,11 +129,8 @@ def test_answers_are_those_of_the_engine(sampling, stub, engine):
         (pb.Structured(choice=pb.Choices(texts=["yes", "no"])), lambda t: t in ("yes", "no")),
         (pb.Structured(grammar='start: "a"~3 "b"'), lambda t: t == "aaab"),
         (
-            pb.Structured(
-                json_schema='{"type": "object", "properties": {"n": {"enum": [1, 2]}},'
-                ' "required": ["n"], "additionalProperties": false}'
-            ),
-            lambda t: json.loads(t)["n"] in (1, 2),
+            pb.Structured(json_schema='{"enum": ["one", "two"]}'),
+            lambda t: json.loads(t) in ("one", "two"),
         ),
     ],
 )
