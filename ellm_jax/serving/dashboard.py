@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import time
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -145,7 +146,8 @@ class Dashboard:
         return _json(_Limits(report.limit_bytes, report.host_limit_bytes))
 
 
-def _file(name: str, content_type: str):  # type: ignore[no-untyped-def]
+def _file(name: str, content_type: str) -> Callable[[Request], Awaitable[Response]]:
+    """Answers with one of the page's files."""
     body = importlib.resources.files("ellm_jax.serving").joinpath("page", name).read_bytes()
 
     async def answer(request: Request) -> Response:

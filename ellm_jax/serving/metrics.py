@@ -136,7 +136,7 @@ class Metrics:
 
     def render(self, *, admin: bool = False) -> bytes:
         """All families in the text format; those by tenant only for the admin."""
-        text = generate_latest(self.registry)
+        text: bytes = generate_latest(self.registry)
         return text + generate_latest(self._tenants) if admin else text
 
     # As an `Observer`, on the event loop.

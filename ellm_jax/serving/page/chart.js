@@ -139,9 +139,14 @@ export class Stack extends Chart {
       const d = top.map((run, i) => outline(run, bottom[i])).join("");
       this.add("path", { class: `area c-${name}`, d });
     }
-    this.valueAxis(binaryTicks(this.most), format, "grid over");
+    const now = limit(shown.at(-1));
+    // What stands too near to the limit's own label would be written over it.
+    const ticks = binaryTicks(this.most).filter((v) => Math.abs(this.y(v) - this.y(now)) > 13);
+    this.valueAxis(ticks, format, "grid over");
     const line = this.runs(shown, (s) => this.y(limit(s)));
     this.add("path", { class: "limit", d: line.map(path).join("") });
+    const label = { class: "most", x: this.left - 7, y: this.y(now) + 4, "text-anchor": "end" };
+    this.add("text", label, format(now));
   }
 }
 

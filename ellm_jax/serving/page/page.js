@@ -36,6 +36,7 @@ const HOST = [{ name: "violet", value: (s) => s.host_used_bytes }];
 const FIRST = [latency("kv", "ttft_ms")];
 const EACH = [latency("cache", "tpot_ms")];
 const RETRY_MS_MAX = 8000;
+const TIMEOUT_MS = 5000;
 
 const find = (id) => document.getElementById(id);
 const charts = {
@@ -53,6 +54,9 @@ let snapshots = [];
 let status = { interval_s: 1, kept: 600, started_s: 0 };
 let windowS = 180;
 let hover = null;
+// Owners that are left out of the picture, to look closer at the others.
+const hidden = new Set();
+const SHORTEST_S = 30;
 
 function latency(color, field) {
   return { color, value: (s) => s[field]?.p50 ?? null, top: (s) => s[field]?.p95 ?? null };
@@ -76,7 +80,9 @@ async function poll() {
 
 async function update() {
   const last = snapshots.at(-1)?.number ?? 0;
-  const reply = await fetch(`dashboard/snapshots?since=${last}`, { cache: "no-store" });
+  // A server that is stuck answers nothing at all.
+  const signal = AbortSignal.timeout(TIMEOUT_MS);
+  const reply = await fetch(`dashboard/snapshots?since=${last}`, { cache: "no-store", signal });
   if (!reply.ok) throw new Error(`status ${reply.status}`);
   const said = await reply.json();
   if (status.started_s && said.started_s !== status.started_s) {
@@ -128,8 +134,7 @@ function tiles(now) {
   const away = now.offloaded + now.moving;
   find("waiting-more").textContent = away ? `${away} more in host memory` : "for memory or a seat";
   put("output", number(now.output_tokens_per_s), "tokens/s");
-  const found = now.cached_fraction === null ? "" : `, ${percent(now.cached_fraction)} found`;
-  find("prompt").textContent = `prompt ${number(now.prompt_tokens_per_s)}/s${found}`;
+  find("prompt").textContent = `prompt ${number(now.prompt_tokens_per_s)}/s`;
   percentiles("ttft", now.ttft_ms);
   percentiles("tpot", now.tpot_ms);
 }
@@ -140,17 +145,42 @@ function percentiles(id, values) {
   find(`${id}-more`).textContent = values ? `p95 ${time(values.p95)}` : "no calls lately";
 }
 
+// A swatch, a name and an amount, below an element of that name.
+function entry(within, color, name, value) {
+  const made = document.createElement(within);
+  const swatch = document.createElement("i");
+  swatch.className = `c-${color}`;
+  const amount = document.createElement("b");
+  amount.textContent = value;
+  made.append(swatch, name, amount);
+  return made;
+}
+
 function legend(id, entries) {
-  const items = entries.map(({ color, name, value }) => {
+  find(id).replaceChildren(
+    ...entries.map(({ color, name, value }) => entry("li", color, name, value)),
+  );
+}
+
+// The legend of the memory is made once: its entries are buttons, which keep their focus.
+function ownerButtons() {
+  const made = {};
+  for (const owner of OWNERS) {
+    const button = entry("button", owner, OWNER_NAMES[owner] ?? owner, "");
     const item = document.createElement("li");
-    const swatch = document.createElement("i");
-    swatch.className = `c-${color}`;
-    const amount = document.createElement("b");
-    amount.textContent = value;
-    item.append(swatch, name, amount);
-    return item;
-  });
-  find(id).replaceChildren(...items);
+    button.type = "button";
+    button.setAttribute("aria-pressed", "true");
+    button.title = "show or hide";
+    button.addEventListener("click", () => {
+      if (!hidden.delete(owner) && hidden.size < OWNERS.length - 1) hidden.add(owner);
+      button.setAttribute("aria-pressed", String(!hidden.has(owner)));
+      draw();
+    });
+    item.append(button);
+    find("owners").append(item);
+    made[owner] = button.querySelector("b");
+  }
+  return made;
 }
 
 function at(timeS) {
@@ -165,10 +195,14 @@ function at(timeS) {
 function draw() {
   const now = snapshots.at(-1);
   if (!now) return;
-  const view = new View(now.time_s, windowS, status.interval_s);
+  // No wider than what there is to see.
+  const age = Math.max(SHORTEST_S, now.time_s - snapshots[0].time_s);
+  const view = new View(now.time_s, Math.min(windowS, age), status.interval_s);
   const shown = view.within(snapshots);
-  const layers = OWNERS.map((owner) => ({ name: owner, value: (s) => s.device[owner] }));
-  charts.memory.draw(view, snapshots, layers, (s) => s.limit_bytes, bytes);
+  const drawn = OWNERS.filter((owner) => !hidden.has(owner));
+  const layers = drawn.map((owner) => ({ name: owner, value: (s) => s.device[owner] }));
+  const limit = (s) => drawn.reduce((sum, owner) => sum + s.device[owner], 0);
+  charts.memory.draw(view, snapshots, layers, limit, bytes);
   const lanes = LANES.filter(({ kind }) => ALWAYS.has(kind) || shown.some((s) => s.moves[kind]));
   charts.events.draw(view, snapshots, lanes, (s, kind) => s.moves[kind]);
   charts.requests.draw(view, snapshots, QUEUES, count, 4);
@@ -178,11 +212,12 @@ function draw() {
   find("host-card").hidden = !now.host_limit_bytes;
   if (now.host_limit_bytes) charts.host.draw(view, snapshots, HOST, (s) => s.host_limit_bytes, bytes);
   const point = at(hover?.timeS ?? null);
-  legend("owners", OWNERS.map((owner) => ({
-    color: owner, name: OWNER_NAMES[owner] ?? owner, value: bytes(point.device[owner]),
-  })));
+  for (const owner of OWNERS) amounts[owner].textContent = bytes(point.device[owner]);
   legend("queues", QUEUES.map((q) => ({ ...q, value: count(q.value(point)) })));
-  legend("flows", FLOWS.map((f) => ({ ...f, value: number(f.value(point)) })));
+  const flows = FLOWS.map((f) => ({ ...f, value: number(f.value(point)) }));
+  const part = point.cached_fraction;
+  if (part !== null) flows.push({ color: "cache pale", name: "of it found", value: percent(part) });
+  legend("flows", flows);
   legend("firsts", latencies("kv", point.ttft_ms));
   legend("eaches", latencies("cache", point.tpot_ms));
   legend("hosts", [{ color: "violet", name: "used", value: bytes(point.host_used_bytes) }]);
@@ -205,24 +240,16 @@ function tip(point) {
   const title = document.createElement("h3");
   title.textContent = clock(point.time_s);
   const rows = hover.memory
-    ? [...OWNERS].reverse().map((o) => [`c-${o}`, OWNER_NAMES[o] ?? o, bytes(point.device[o])])
+    ? [...OWNERS].reverse().map((o) => [o, OWNER_NAMES[o] ?? o, bytes(point.device[o])])
     : [
-      ...QUEUES.map((q) => [`c-${q.color}`, q.name, count(q.value(point))]),
-      ...FLOWS.map((f) => [`c-${f.color}`, `${f.name} tokens/s`, number(f.value(point))]),
+      ...QUEUES.map((q) => [q.color, q.name, count(q.value(point))]),
+      ...FLOWS.map((f) => [f.color, `${f.name} tokens/s`, number(f.value(point))]),
     ];
   for (const { kind, color } of hover.memory ? LANES : []) {
     const move = point.moves[kind];
-    if (move) rows.push([`c-${color}`, `${kind} \u00d7 ${move.count}`, bytes(move.bytes)]);
+    if (move) rows.push([color, `${kind} \u00d7 ${move.count}`, bytes(move.bytes)]);
   }
-  box.replaceChildren(title, ...rows.map(([color, name, value]) => {
-    const row = document.createElement("div");
-    const swatch = document.createElement("i");
-    swatch.className = color;
-    const amount = document.createElement("b");
-    amount.textContent = value;
-    row.append(swatch, name, amount);
-    return row;
-  }));
+  box.replaceChildren(title, ...rows.map(([color, name, value]) => entry("div", color, name, value)));
   box.hidden = false;
   const right = hover.x + 16 + box.offsetWidth > window.innerWidth;
   box.style.left = `${right ? Math.max(4, hover.x - 16 - box.offsetWidth) : hover.x + 16}px`;
@@ -235,6 +262,7 @@ function leave() {
   draw();
 }
 
+const amounts = ownerButtons();
 for (const [name, chart] of Object.entries(charts)) {
   const point = (event) => {
     if (!chart.view) return;
