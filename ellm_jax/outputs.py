@@ -138,7 +138,7 @@ class CompletionDelta(NamedTuple):
         logprobs: One entry per new token, where they were asked for.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # Of a completion; a tuple's own is of no use here.
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
