@@ -109,5 +109,5 @@ def test_mutual_tls_serves_those_whom_the_authority_knows(engine, authority, str
 
 
 def test_files_that_are_not_there_are_named(engine, authority):
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.pem"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.(pem|key)"):
         RunningGrpc(engine, tls_cert="nowhere.pem", tls_key="nowhere.key")

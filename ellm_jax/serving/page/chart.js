@@ -152,11 +152,11 @@ export class Stack extends Chart {
 
 // Lines from 0 up, each with an optional band above it.
 export class Lines extends Chart {
-  draw(view, snapshots, series, format, least = 1) {
+  draw(view, snapshots, series, format, least = 1, steps = [1, 2, 2.5, 5, 10]) {
     this.start(view);
     const shown = view.within(snapshots);
     const values = shown.flatMap((s) => series.map(({ top, value }) => (top ?? value)(s) ?? 0));
-    const [most, ticks] = decimalTicks(Math.max(least, ...values));
+    const [most, ticks] = decimalTicks(Math.max(least, ...values), steps);
     this.most = most;
     this.timeAxis();
     this.valueAxis(ticks, format);
@@ -219,9 +219,9 @@ function binaryTicks(most) {
   return ticks;
 }
 
-function decimalTicks(most) {
+function decimalTicks(most, steps) {
   const size = 10 ** Math.floor(Math.log10(most / 4));
-  const step = size * [1, 2, 2.5, 5, 10].find((s) => s * size * 4 >= most);
+  const step = size * steps.find((s) => s * size * 4 >= most);
   const count = Math.ceil(most / step - 1e-9);
   return [step * count, Array.from({ length: count + 1 }, (_, i) => i * step)];
 }

@@ -205,7 +205,7 @@ function draw() {
   charts.memory.draw(view, snapshots, layers, limit, bytes);
   const lanes = LANES.filter(({ kind }) => ALWAYS.has(kind) || shown.some((s) => s.moves[kind]));
   charts.events.draw(view, snapshots, lanes, (s, kind) => s.moves[kind]);
-  charts.requests.draw(view, snapshots, QUEUES, count, 4);
+  charts.requests.draw(view, snapshots, QUEUES, count, 4, [1, 2, 5, 10]);
   charts.tokens.draw(view, snapshots, FLOWS, number, 10);
   charts.first.draw(view, snapshots, FIRST, timeTick, 1);
   charts.each.draw(view, snapshots, EACH, timeTick, 1);
