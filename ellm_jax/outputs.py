@@ -140,7 +140,7 @@ class CompletionDelta:
         logprobs: One entry per new token, where they were asked for.
     """
 
-    index: int  # type: ignore[assignment]  # Of a completion; a tuple's own is of no use here.
+    index: int
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
