@@ -127,8 +127,10 @@ class RequestOutput:
         return self.outputs[0].token_ids
 
 
-class CompletionDelta(NamedTuple):
-    """What is new of one continuation. One is made per token of a stream, hence a tuple.
+@dataclasses.dataclass(slots=True)
+class CompletionDelta:
+    """What is new of one continuation. Not frozen: that would double the cost of making one, and
+    one is made for every token of a stream.
 
     Attributes:
         index: Which of the request's ``n`` completions.

@@ -1,6 +1,8 @@
 """gRPC through the official stubs, over a real server with the package's small model."""
 
 import contextlib
+import json
+import re
 import threading
 
 import pytest
@@ -118,6 +120,44 @@ def test_answers_are_those_of_the_engine(sampling, stub, engine):
         assert usage.prompt_tokens == len(expected.prompt_token_ids)
         assert usage.completion_tokens == total
         assert 0 < usage.ttft_ms <= usage.e2e_ms
+
+
+@pytest.mark.parametrize(
+    ("form", "valid"),
+    [
+        (pb.Structured(regex="[0-9]{3}-[0-9]{2}"), lambda t: re.fullmatch("[0-9]{3}-[0-9]{2}", t)),
+        (pb.Structured(choice=pb.Choices(texts=["yes", "no"])), lambda t: t in ("yes", "no")),
+        (pb.Structured(grammar='start: "a"~3 "b"'), lambda t: t == "aaab"),
+        (
+            pb.Structured(json_schema='{"enum": ["one", "two"]}'),
+            lambda t: json.loads(t) in ("one", "two"),
+        ),
+    ],
+)
+def test_structured_output_has_its_form(form, valid, stub):
+    asked = {"max_tokens": 40, "seed": 4, "temperature": 1.0}
+    text = stub.Generate(request(structured=form, **asked)).completions[0].text
+    assert valid(text), text
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        pb.Structured(),
+        pb.Structured(json_schema="{"),
+        pb.Structured(regex="(["),
+        pb.Structured(grammar="nonsense"),
+        pb.Structured(choice=pb.Choices()),
+        pb.Structured(json_schema='{"x": ' * 101 + "1" + "}" * 101),
+        pb.Structured(json_schema='{"x": ' * 40 + "1" + "}" * 40),
+        pb.Structured(regex="a" * (64 * 2**10 + 1)),
+        pb.Structured(choice=pb.Choices(texts=["a" * 2**10] * 65)),
+    ],
+)
+def test_a_form_that_cannot_be_is_an_invalid_argument(form, stub):
+    error, details = failure(lambda: stub.Generate(request(structured=form)))
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert details["BadRequest"].field_violations[0].field == "sampling.structured"
 
 
 def test_unlimited_goes_to_the_end_of_the_context(stub, engine):

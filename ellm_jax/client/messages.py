@@ -13,6 +13,7 @@ from ellm_jax.client.results import Generation, GenerationDelta, Memory, Model, 
 from ellm_jax.outputs import CompletionDelta, CompletionOutput, FinishReason, TokenLogprobs
 from ellm_jax.protocol.v1 import ellm_pb2 as pb
 from ellm_jax.sampling import SamplingParams
+from ellm_jax.structured.output import StructuredOutput
 
 _REASONS: dict[int, FinishReason] = {
     pb.FINISH_REASON_STOP: "stop",
@@ -57,7 +58,15 @@ def sampling(params: SamplingParams) -> pb.Sampling:
         values["unlimited"] = True
     if values.get("seed", 0) >= 2**63:
         values["seed"] -= 2**64  # the same bits
+    if "structured" in values:
+        values["structured"] = _structured(values["structured"])
     return pb.Sampling(**values)
+
+
+def _structured(form: StructuredOutput) -> pb.Structured:
+    if form.choice is not None:
+        return pb.Structured(choice=pb.Choices(texts=form.choice))
+    return pb.Structured(**{form.kind: getattr(form, form.kind)})
 
 
 def generation(message: pb.GenerateResponse) -> Generation:

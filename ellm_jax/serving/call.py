@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from ellm_jax.sampling import SamplingParams
 from ellm_jax.serving.errors import ErrorKind, ServiceError
 from ellm_jax.serving.settings import ServeConfig
 from ellm_jax.serving.tenants import Tenant
+from ellm_jax.structured.output import StructuredOutput
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 _MAX_DEADLINE_S = 7 * 86400.0
@@ -79,6 +81,30 @@ def check_call(call: Call, config: ServeConfig, max_prompt_tokens: int) -> None:
         _check_most("stop", len(stop), config.max_stop_chars, "characters in a string")
     _check_most("stop_token_ids", len(params.stop_token_ids or ()), config.max_stop, "tokens")
     _check_most("logit_bias", len(params.logit_bias or ()), config.max_logit_bias, "tokens")
+    if params.structured is not None:
+        _check_structured(params.structured, config)
+
+
+def _check_structured(structured: StructuredOutput, config: ServeConfig) -> None:
+    source = getattr(structured, structured.kind)
+    texts = (source,) if isinstance(source, str) else source
+    size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+    _check_most("structured", size, config.max_schema_bytes, "bytes")
+    if structured.json_schema is None:
+        return
+    assert isinstance(structured.json_schema, str)
+    levels, inside = 0, [json.loads(structured.json_schema)]
+    while inside := [part for whole in inside for part in _parts(whole)]:
+        levels += 1
+        if levels > config.max_schema_depth:
+            _check_most("structured", levels, config.max_schema_depth, "levels")
+
+
+def _parts(value: object) -> Collection[object]:
+    """What is directly inside of an object or a list."""
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _check_most(param: str, count: int, most: int, what: str) -> None:

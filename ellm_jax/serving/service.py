@@ -40,6 +40,7 @@ _WATCH_S = 0.25
 """How often the engine's thread is looked after."""
 
 _RETRY_ELSEWHERE_S = 5.0
+_LAST_NEWS_S = 2.0
 
 
 class Service:
@@ -411,6 +412,11 @@ class Service:
         """Ends every stream and lets the event loop go; the engine stays."""
         self._draining = True
         self.fail_all(stopped())
+        # The engine still says how those ended, to an event loop that has to be there.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_NEWS_S):
+                while self._seated and self.engine.alive:
+                    await asyncio.sleep(0.01)
         self._watch.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._watch
@@ -460,6 +466,7 @@ async def _compiled(grammar: Future[Any]) -> None:
         ServiceError: INVALID: it cannot be.
     """
     try:
-        await asyncio.wrap_future(grammar)
+        # Shielded: others may wait for the same one; a client that leaves is not to cancel it.
+        await asyncio.shield(asyncio.wrap_future(grammar))
     except ValueError as error:
         raise ServiceError(ErrorKind.INVALID, str(error), param="structured") from error

@@ -22,6 +22,7 @@ from ellm_jax.serving.call import Call
 from ellm_jax.serving.errors import ErrorKind, ServiceError, refused
 from ellm_jax.serving.info import ModelInfo, ServiceStats
 from ellm_jax.serving.tenants import Tenant
+from ellm_jax.structured.output import StructuredOutput
 
 _REASONS = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 
@@ -77,6 +78,8 @@ def sampling_params(sampling: pb.Sampling) -> SamplingParams:
     for field, value in sampling.ListFields():
         if field.name == "logit_bias":
             value = dict(value)
+        elif field.name == "structured":
+            value = _structured(value)
         elif field.is_repeated:
             value = tuple(value)
         values[field.name] = value
@@ -90,6 +93,17 @@ def sampling_params(sampling: pb.Sampling) -> SamplingParams:
         return SamplingParams(**values)
     except (ValueError, TypeError) as error:
         raise refused(error) from error
+
+
+def _structured(message: pb.Structured) -> StructuredOutput:
+    form = message.WhichOneof("form")
+    values = {} if form is None else {form: getattr(message, form)}
+    if form == "choice":
+        values[form] = tuple(message.choice.texts)
+    try:
+        return StructuredOutput(**values)
+    except (ValueError, TypeError) as error:
+        raise refused(error, "structured") from error
 
 
 def delta(new: CompletionDelta) -> pb.Completion:

@@ -43,7 +43,7 @@ def _method(method: _M) -> _M:
             raise  # the connection is gone, and with it whoever could be told
         except Exception:
             _log.exception("%s failed", method.__name__)
-            failed = ServiceError(ErrorKind.INTERNAL, "the server has failed; see its log")
+            failed = _our_fault()
         await abort(context, failed)
 
     return guarded  # type: ignore[return-value]
@@ -103,20 +103,18 @@ class EngineServicer(ellm_pb2_grpc.EngineServiceServicer):
 
         async def complete(index: int) -> None:
             async with seats:
-                try:
-                    call = self._call(request.requests[index], context)
-                    output = await self._service.complete(call)
-                    answer = pb.GenerateBatchResponse(response=convert.response(output))
-                except ServiceError as error:
-                    answer = pb.GenerateBatchResponse(error=_error(error))
+                answer = await self._answer(request.requests[index], context)
             answer.index = index
             done.put_nowait(answer)
 
-        async with asyncio.TaskGroup() as tasks:
-            for index in range(count):
-                tasks.create_task(complete(index))
+        tasks = [asyncio.create_task(complete(index)) for index in range(count)]
+        try:
             for _ in range(count):
                 await self._stalls.write(context, await done.get())
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     @_method
     async def Tokenize(  # noqa: N802
@@ -184,6 +182,19 @@ class EngineServicer(ellm_pb2_grpc.EngineServiceServicer):
         await self._service.wake(self._tenant(context))
         return pb.WakeResponse()
 
+    async def _answer(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GenerateBatchResponse:
+        """What becomes of one request of a batch, whatever that is."""
+        try:
+            output = await self._service.complete(self._call(request, context))
+            return pb.GenerateBatchResponse(response=convert.response(output))
+        except ServiceError as error:
+            return pb.GenerateBatchResponse(error=_error(error))
+        except Exception:
+            _log.exception("a request of a batch failed")
+            return pb.GenerateBatchResponse(error=_error(_our_fault()))
+
     def _tenant(self, context: grpc.aio.ServicerContext) -> Tenant:
         return tenant_of(self._keys, context.invocation_metadata())
 
@@ -191,6 +202,10 @@ class EngineServicer(ellm_pb2_grpc.EngineServiceServicer):
         left_s = context.time_remaining()
         deadline_s = None if left_s is None or left_s > _MAX_DEADLINE_S else left_s
         return convert.call_of(request, self._tenant(context), deadline_s)
+
+
+def _our_fault() -> ServiceError:
+    return ServiceError(ErrorKind.INTERNAL, "the server has failed; see its log")
 
 
 def _error(error: ServiceError) -> pb.Error:
