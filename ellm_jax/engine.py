@@ -5,12 +5,14 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import pathlib
+from collections.abc import Callable
 
 from ellm_jax import _native
 from ellm_jax.assembly import TINY_MODEL, Assembly, assemble
 from ellm_jax.completions import Completions
 from ellm_jax.config import EngineConfig, format_bytes, parse_bytes
 from ellm_jax.engine_thread import EngineClosed, EngineThread
+from ellm_jax.execution import DispatchedStep
 from ellm_jax.host_loop import HostLoop
 from ellm_jax.intake import Intake, RequestOptions
 from ellm_jax.limits import Limits
@@ -133,6 +135,11 @@ class Engine(Completions):
     def asleep(self) -> bool:
         """Whether it sleeps: requests wait."""
         return self._loop.asleep
+
+    def watch_steps(self, on_step: Callable[[DispatchedStep, float], None] | None) -> None:
+        """Has every step told when it is over, with the time on the engine's clock; None: no more.
+        Called on the engine's thread: it must be quick, must not raise, and changes nothing."""
+        self._loop.on_step = on_step
 
     def cost_model(self) -> dict[str, float]:
         """How long steps and copies take here, as learned so far; what the simulator goes by."""

@@ -7,11 +7,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ellm_jax.host_loop import HostLoop
 from ellm_jax.intake import Group
 from ellm_jax.request import Request, Status
+from ellm_jax.runtime.shapes import StepMode
 
 Listener = Callable[[Sequence[Group]], None]
 """Is told, on the engine's thread and once per step, which of its groups moved or ended."""
@@ -19,6 +20,7 @@ Listener = Callable[[Sequence[Group]], None]
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
+_MASKED = StepMode(masked=True)
 # How long the thread rests when no request can go on until something changes.
 _STUCK_S = 0.05
 
@@ -80,7 +82,7 @@ class EngineThread:
         if group.grammar is None:
             self._post(lambda: self._start_group(group))
         else:
-            group.grammar.add_done_callback(lambda _: self._post(lambda: self._start_group(group)))
+            self._after(group.grammar, lambda: self._start_group(group))
 
     def _post(self, command: Callable[[], None]) -> None:
         """Has the engine's thread do something between two steps."""
@@ -207,16 +209,28 @@ class EngineThread:
         return not self._closing
 
     def _start_group(self, group: Group) -> None:
-        """Queues what is left of a group; what its output has to be is compiled, or cannot be."""
-        error = group.grammar.exception() if group.grammar is not None else None
-        for request in [r for r in group.requests if r.status is not Status.FINISHED]:
+        """Queues what is left of a group, once everything is compiled that it needs."""
+        requests = [r for r in group.requests if r.status is not Status.FINISHED]
+        if group.grammar is not None and requests:
+            error = group.grammar.exception()
             if error is not None:
-                self.loop.refuse(request, str(error))
-                continue
-            if group.grammar is not None:
+                for request in requests:
+                    self.loop.refuse(request, str(error))
+                return
+            # Without it, everybody would wait while the first step with masks is compiled.
+            compiling = self.loop.compiler.prepare(_MASKED)
+            if compiling is not None:
+                self._after(compiling, lambda: self._start_group(group))
+                return
+            for request in requests:
                 ends = not request.params.ignore_eos
                 request.matcher = group.grammar.result().matcher(ends=ends)
+        for request in requests:
             self.loop.submit(request)
+
+    def _after(self, future: Future[Any], command: Callable[[], None]) -> None:
+        """Has this thread do something after a future is over."""
+        future.add_done_callback(lambda _: self._post(command))
 
     def _run_commands(self) -> None:
         while self._commands:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -89,6 +90,9 @@ class Steps(Protocol):
 
     def refine(self, rows: int, seqs: int, mode: StepMode) -> None:
         """Has the exact step compiled in the background."""
+
+    def prepare(self, mode: StepMode) -> Future[int] | None:
+        """Has steps of a mode compiled in the background; over when they are. None: they are."""
 
     def need_bytes(self, rows: int, seqs: int, mode: StepMode, exact: bool) -> int:
         """What the step needs that `choose` gives."""

@@ -60,6 +60,7 @@ class HostLoop:
         overlap: what the host's work beside the steps takes.
         lifecycle: ends requests and gives back what they hold.
         tiering: moves requests between the tiers; None without a host tier.
+        on_step: called with each step that is over, and when; None: nobody asks.
     """
 
     executor: Executor
@@ -74,6 +75,7 @@ class HostLoop:
     stats: LoopStats = field(default_factory=LoopStats)
     asleep: bool = False
     absent_bytes: int = 0
+    on_step: Callable[[DispatchedStep, float], None] | None = None
     overlap: Overlap = field(default_factory=Overlap)
     _in_flight: deque[DispatchedStep] = field(default_factory=deque)
     _settled_s: float = 0.0
@@ -285,6 +287,8 @@ class HostLoop:
         with self.stats.timed("settle_s"):
             now = self.clock()
             self._learn(step, now)
+            if self.on_step is not None:
+                self.on_step(step, now)
             self.ledger.finish(step.lease)
             self.stats.steps += 1
             self._pressure.crowded = False

@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
     parser.add_argument("--alone", type=int, default=20, help="requests that come one by one")
     parser.add_argument("--streams", type=int, default=500, help="concurrent ones, for the loop")
+    parser.add_argument("--stream-tokens", type=int, default=16, help="of prompts and answers")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--client", metavar="PORT", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -48,14 +49,19 @@ def main() -> None:
 
 def bench(args: argparse.Namespace) -> None:
     from ellm_jax import Engine, EngineConfig, SamplingParams
+    from ellm_jax.serving import collector
 
     config = EngineConfig(device_memory=args.device_memory, max_num_seqs=64, progress=False)
     with Engine.from_pretrained(args.model, config) as engine:
-        engine.warm_up()
         vocab = engine.model_config.vocab_size
-        with Server(engine) as server:
+        params = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True)
+        with Server(engine) as server, collector.settled():
+            # Compiles what is measured afterwards.
+            engine.generate(prompts(-1, args.requests, args.prompt_tokens, vocab), params)
+            server.ask(prompts(-2, args.requests, args.prompt_tokens, vocab), 4, at_once=True)
+            server.ask(prompts(-3, 2, args.prompt_tokens, vocab), 4, at_once=False)
             for count in range(args.rounds):
-                params = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True)
+                compiled_s = engine.stats().compile_s
                 work = prompts(2 * count, args.requests, args.prompt_tokens, vocab)
                 begin_s = time.monotonic()
                 engine.generate(work, params)
@@ -69,14 +75,15 @@ def bench(args: argparse.Namespace) -> None:
                     http_tok_s=tokens / http["seconds"],
                     ratio=direct_s / http["seconds"],
                     failed=http["failed"],
+                    compile_s=engine.stats().compile_s - compiled_s,
                 )
             added(args, engine, server, vocab)
             server.lags.clear()
-            work = prompts(99, args.streams, 32, vocab)
-            http = server.ask(work, 32, at_once=True)
+            work = prompts(99, args.streams, args.stream_tokens, vocab)
+            http = server.ask(work, args.stream_tokens, at_once=True)
             report(
                 f"{args.streams} streams",
-                tok_s=args.streams * 32 / http["seconds"],
+                tok_s=args.streams * args.stream_tokens / http["seconds"],
                 failed=http["failed"],
                 loop_lag_p99_ms=1e3 * quantile(server.lags, 0.99),
                 loop_lag_max_ms=1e3 * max(server.lags),

@@ -15,9 +15,11 @@ from starlette.routing import BaseRoute
 from ellm_jax import Engine
 from ellm_jax.serving.http.app import make_app
 from ellm_jax.serving.http.server import HttpServer
+from ellm_jax.serving.observer import Observer
 from ellm_jax.serving.service import Service
 from ellm_jax.serving.settings import ServeConfig
 from ellm_jax.serving.tenants import Keys
+from ellm_jax.serving.watch import Watch
 
 MODEL = "small"
 START_S = 60.0
@@ -28,10 +30,18 @@ class RunningServer:
 
     Attributes:
         engine, service, app: what it is made of.
+        extra_paths: of the routes that are not the API's own.
         port, url: where it is.
     """
 
-    def __init__(self, engine: Engine, extra_routes: Sequence[BaseRoute] = (), **config: Any):
+    def __init__(
+        self,
+        engine: Engine,
+        extra_routes: Sequence[BaseRoute] = (),
+        observers: Sequence[Observer] = (),
+        **config: Any,
+    ):
+        self._observers = observers
         self.engine = engine
         self.config = ServeConfig(**{"model_name": MODEL, "http": "127.0.0.1:0", **config})
         self._extra_routes = extra_routes
@@ -91,8 +101,17 @@ class RunningServer:
 
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.service = Service(self.engine, self.config)
-        self.app = make_app(self.service, Keys(self.config), self.config, self._extra_routes)
+        watch = Watch(self.engine, MODEL, *self._observers)
+        self.service = Service(self.engine, self.config, watch.observer)
+        try:
+            async with watch.looking_at(self.service) as routes:
+                await self._listen([*routes, *self._extra_routes])
+        finally:
+            await self.service.close()
+
+    async def _listen(self, extra_routes: Sequence[BaseRoute]) -> None:
+        self.extra_paths = {getattr(route, "path", "") for route in extra_routes}
+        self.app = make_app(self.service, Keys(self.config), self.config, extra_routes)
         self._server = HttpServer(self.app, self.config)
         serving = asyncio.create_task(self._server.serve())
         while not self._server.started:
@@ -101,10 +120,7 @@ class RunningServer:
                 serving.result()
         self.port = self._server.port
         self._ready.set()
-        try:
-            await serving
-        finally:
-            await self.service.close()
+        await serving
 
 
 async def _called(function: Any) -> Any:
@@ -125,7 +141,8 @@ def read_reply(connection: socket.socket) -> tuple[int, Any]:
     while b"\r\n\r\n" not in data:
         assert time.monotonic() < end, "no reply came"
         piece = connection.recv(65536)
-        assert piece, f"hung up after {data!r}"
+        if not piece:
+            raise ConnectionResetError(f"hung up after {data!r}")
         data += piece
     head, _, body = data.partition(b"\r\n\r\n")
     length = next(
@@ -135,6 +152,7 @@ def read_reply(connection: socket.socket) -> tuple[int, Any]:
     )
     while len(body) < length:
         piece = connection.recv(65536)
-        assert piece, "hung up"
+        if not piece:
+            raise ConnectionResetError("hung up")
         body += piece
     return int(head.split()[1]), json.loads(body[:length]) if length else None

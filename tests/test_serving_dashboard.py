@@ -8,27 +8,18 @@ from collections import Counter
 import httpx
 import pytest
 from engine_requests import greedy
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse
 
 from ellm_jax.serving.dashboard import PATH
-from ellm_jax.serving.errors import ErrorKind, ServiceError
+from ellm_jax.serving.http.app import make_app
 from ellm_jax.serving.latencies import Latencies
 from ellm_jax.serving.service import Service
 from ellm_jax.serving.settings import ServeConfig
 from ellm_jax.serving.snapshots import Sampler
-from ellm_jax.serving.tenants import Keys, bearer_token
+from ellm_jax.serving.tenants import Keys
 from ellm_jax.serving.watch import Watch
 
 KEY, ADMIN_KEY = "k" * 32, "a" * 32
 CONFIG = ServeConfig(api_keys={"ann": KEY}, admin_key=ADMIN_KEY)
-STATUS = {
-    ErrorKind.INVALID: 400,
-    ErrorKind.TOO_LARGE: 413,
-    ErrorKind.UNAUTHENTICATED: 401,
-    ErrorKind.FORBIDDEN: 403,
-}
 
 
 def as_tenant(key: str) -> dict[str, str]:
@@ -41,23 +32,9 @@ def served(engine, use, config=CONFIG):
     async def run():
         watch = Watch(engine, "small")
         service = Service(engine, config, watch.observer)
-        keys = Keys(config)
-
-        async def failed(request: Request, error: Exception) -> JSONResponse:
-            assert isinstance(error, ServiceError)
-            body = {"error": {"message": error.message, "param": error.param}}
-            return JSONResponse(body, STATUS[error.kind])
-
         async with watch.looking_at(service) as routes:
-            app = Starlette(routes=routes, exception_handlers={ServiceError: failed})
-
-            async def guarded(scope, receive, send):
-                header = dict(scope["headers"]).get(b"authorization", b"").decode()
-                tenant = keys.authenticate(bearer_token(header))
-                scope.setdefault("state", {})["tenant"] = tenant
-                await app(scope, receive, send)
-
-            transport = httpx.ASGITransport(app=guarded)
+            app = make_app(service, Keys(config), config, routes)
+            transport = httpx.ASGITransport(app=app)
             async with httpx.AsyncClient(transport=transport, base_url="http://host:8000") as web:
                 await use(web, service)
         await service.close()
@@ -101,6 +78,34 @@ def test_pages_load_nothing_from_elsewhere(tiny_checkpoint, make_engine, paths):
     assert not re.search(r"<script(?![^>]*src=)|<style|\sstyle=|\son\w+=", page)
     scripts = "".join(text for path, text in texts.items() if path.endswith(".js"))
     assert not re.search(r"innerHTML|insertAdjacentHTML|eval\(|new Function", scripts)
+
+
+def test_browsers_are_asked_for_a_key(tiny_checkpoint, make_engine, paths):
+    """With a key as the password, on these pages only; and never for what a page posts."""
+    engine = make_engine(tiny_checkpoint("llama"))
+
+    async def use(web: httpx.AsyncClient, _: Service) -> None:
+        right = httpx.BasicAuth("anybody", KEY)
+        for path in [*paths, f"{PATH}/snapshots"]:
+            reply = await web.get(path)
+            assert reply.status_code == 401, path
+            assert reply.headers["www-authenticate"].startswith("Basic realm=")
+            assert (await web.get(path, auth=right)).status_code == 200
+            assert (await web.get(path, auth=httpx.BasicAuth(KEY, "x"))).status_code == 401
+        for path in ("/metrics", "/v1/models", "/dashboardx"):
+            reply = await web.get(path, auth=right)
+            assert reply.status_code == 401, path
+            assert reply.headers["www-authenticate"] == "Bearer"
+        for header in ("Basic", "Basic !", "Basic /w==", "Basic " + "A" * 999, "basic Og=="):
+            reply = await web.get(PATH, headers={"authorization": header})
+            assert reply.status_code == 401, header
+        reply = await web.post(f"{PATH}/resize", json={}, headers=as_tenant("wrong" * 9))
+        assert reply.headers["www-authenticate"] == "Bearer"
+        admin = httpx.BasicAuth("me", ADMIN_KEY)
+        reply = await web.post(f"{PATH}/resize", json={"device_memory": "40MiB"}, auth=admin)
+        assert reply.json()["limit_bytes"] == 40 * 2**20
+
+    served(engine, use)
 
 
 def test_snapshots_are_sent_once(tiny_checkpoint, make_engine):

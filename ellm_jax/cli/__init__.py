@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from ellm_jax import __version__
-from ellm_jax.cli import batch, bench, convert, doctor, generate, plan, serve
+from ellm_jax.cli import batch, bench, convert, doctor, generate, plan, serve, top
 from ellm_jax.cli.console import Failure
 
-_COMMANDS = (generate, batch, serve, bench, plan, convert, doctor)
+_COMMANDS = (generate, batch, serve, top, bench, plan, convert, doctor)
 _INTERRUPTED = 130
 _NOBODY_READS = 141
 

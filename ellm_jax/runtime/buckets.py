@@ -85,6 +85,13 @@ class Buckets:
             shapes += [self.fit(_LARGE, 1), self.fit(max(_LARGE, most + 1), most)]
         return list(dict.fromkeys(shapes))
 
+    def enough(self) -> list[StepShape]:
+        """Shapes that every batch can run on, as few as may be."""
+        most = self._seqs[-1]
+        if not self._skips_padding:
+            return self.common()
+        return list(dict.fromkeys([StepShape(most, most), StepShape(self.max_rows, most)]))
+
     def every(self) -> list[StepShape]:
         """Every shape that `fit` gives."""
         sizes = (1, *self._rows)

@@ -70,6 +70,7 @@ class StepCompiler:
         self._failed: set[StepKey] = set()
         self._short_s: dict[StepKey, float] = {}  # when memory was short for it
         self._needs: dict[StepKey, int] = {}
+        self._prepared: dict[StepMode, Future[int]] = {}
         self.waited_s = 0.0
 
     @property
@@ -137,6 +138,18 @@ class StepCompiler:
             return
         if time.monotonic() - self._short_s.get(exact, -_RETRY_S) >= _RETRY_S:
             self._pending[exact] = self._background.submit(self._runner.compile, exact)
+
+    def prepare(self, mode: StepMode) -> Future[int] | None:
+        """Has steps compiled in the background that every batch in this mode can run on. Returns
+        what is over when they are, or None when that has been."""
+        if mode not in self._prepared:
+            # The background compiles one after the other: the last is the one to wait for.
+            for shape in self._buckets.enough():
+                key = StepKey(shape, mode)
+                job = self._background.submit(self._runner.compile, key)
+                self._prepared[mode] = self._pending[key] = job
+        last = self._prepared[mode]
+        return None if last.done() else last
 
     def ensure(self, key: StepKey) -> int:
         """What the step needs in bytes; compiles it first if it is not.

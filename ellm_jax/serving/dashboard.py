@@ -14,12 +14,13 @@ from starlette.routing import Route
 
 from ellm_jax import __version__
 from ellm_jax.serving.errors import ErrorKind, ServiceError
+from ellm_jax.serving.http.guard import PAGES_PATH
 from ellm_jax.serving.snapshots import Sampler, Snapshot
 
 if TYPE_CHECKING:
     from ellm_jax.serving.service import Service
 
-PATH = "/dashboard"
+PATH = PAGES_PATH
 """Where the page is; everything that it needs lies below."""
 
 _BODY_BYTES_MAX = 1024

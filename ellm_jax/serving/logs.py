@@ -33,7 +33,8 @@ _MESSAGE_CHARS_MAX = 16_384
 
 @contextlib.contextmanager
 def request_context(request_id: str) -> Iterator[None]:
-    """Lines that are logged in a with-block, and in tasks that it starts, carry this id."""
+    """Lines that are logged in a with-block, and in tasks that it starts, carry this id of the
+    client's request as `http_request_id`; so do those of the calls that it leads to."""
     token = _request_id.set(request_id)
     try:
         yield
@@ -55,7 +56,7 @@ class JsonFormatter(logging.Formatter):
         }
         request_id = _request_id.get()
         if request_id is not None:
-            line["request_id"] = request_id
+            line["http_request_id"] = request_id
         line |= getattr(record, _FIELDS, {})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
@@ -87,11 +88,11 @@ class RequestLog:
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         """`clock` gives seconds, monotonic; the engine's."""
         self._clock = clock
-        self._admitted: dict[Call, tuple[float, int]] = {}
+        self._admitted: dict[Call, tuple[float, int, str | None]] = {}
 
     def on_admitted(self, call: Call, prompt_tokens: int) -> None:
         """Its times count from here."""
-        self._admitted[call] = (self._clock(), prompt_tokens)
+        self._admitted[call] = (self._clock(), prompt_tokens, _request_id.get())
 
     def on_first_token(self, call: Call, metrics: RequestMetrics) -> None:
         """Waits for the end."""
@@ -107,10 +108,13 @@ class RequestLog:
         """Logs how it ended and what it took."""
         name = outcome_of(outcome)
         fields: dict[str, Any] = {"tenant": call.tenant.name, "outcome": name}
-        admitted_s, fields["prompt_tokens"] = self._admitted.pop(call, (None, None))
         if call.request_id is not None:
             fields["request_id"] = call.request_id
+        admitted_s, prompt_tokens, http_request_id = self._admitted.pop(call, (None, None, None))
+        if http_request_id is not None:
+            fields["http_request_id"] = http_request_id
         if admitted_s is not None:
+            fields["prompt_tokens"] = prompt_tokens
             fields["e2e_ms"] = round(1e3 * (self._clock() - admitted_s), 3)
         if isinstance(outcome, ServiceError):
             fields |= {"reason": outcome.kind.value, "error": outcome.message}

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Protocol
 
 from ellm_jax.engine import Engine
+from ellm_jax.serving import collector
 from ellm_jax.serving.grpc.server import GrpcServer
 from ellm_jax.serving.http.app import make_app
 from ellm_jax.serving.http.transport import HttpTransport
@@ -19,6 +20,7 @@ from ellm_jax.serving.observer import Observer
 from ellm_jax.serving.service import Service, stopped
 from ellm_jax.serving.settings import ServeConfig
 from ellm_jax.serving.tenants import Keys
+from ellm_jax.serving.tracing import tracing_to
 from ellm_jax.serving.watch import Watch
 
 _log = logging.getLogger(__name__)
@@ -76,16 +78,20 @@ async def serve(
 
     Raises:
         OSError: an address cannot be had, or a file not be read.
-        ValueError: there is no address, or keys or certificates are none.
+        ValueError: there is no address, keys or certificates are none, or traces are asked for
+            without the packages that send them.
     """
     if config.http is None and config.grpc is None:
         raise ValueError("there is no address; give http or grpc, as in grpc='127.0.0.1:50051'")
-    watch = Watch(engine, config.model_name, *(() if observer is None else (observer,)))
-    service = Service(engine, config, watch.observer)
-    keys = Keys(config)
-    ending = _Ending(service, stop or asyncio.Event())
     addresses: dict[str, str] = {}
     async with contextlib.AsyncExitStack() as stack:
+        observers = [] if observer is None else [observer]
+        if config.trace_to is not None:
+            observers.append(stack.enter_context(tracing_to(config.trace_to, engine)))
+        watch = Watch(engine, config.model_name, *observers)
+        service = Service(engine, config, watch.observer)
+        keys = Keys(config)
+        ending = _Ending(service, stop or asyncio.Event())
         # Last in, first out: streams end with an error before their connections are closed.
         stack.push_async_callback(service.close)
         routes = await stack.enter_async_context(watch.looking_at(service))
@@ -96,7 +102,7 @@ async def serve(
             http = HttpTransport(make_app(service, keys, config, routes), config)
             addresses["http"] = await _listen(stack, http, config.http)
         stack.callback(service.fail_all, stopped())
-        with ending.listening_to_signals():
+        with ending.listening_to_signals(), collector.settled():
             if on_listening is not None:
                 on_listening(Listening(addresses))
             return await ending.wait()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -86,6 +88,9 @@ class Service:
             ServiceError: INVALID, TOO_LARGE, OVERLOADED, UNAVAILABLE or DEADLINE; nothing was done.
         """
         begin_s = time.monotonic()
+        if call.request_id is None:
+            # Here already, so that logs and traces have one name for it from the start.
+            call = dataclasses.replace(call, request_id=uuid.uuid4().hex)
         try:
             self._check_open()
             check_call(call, self.config, self._max_prompt_tokens)

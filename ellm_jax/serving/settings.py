@@ -53,6 +53,8 @@ class ServeConfig:
         linger_s: seconds that a server whose engine failed still answers, as unhealthy, before it
             ends with exit code 1.
         stall_s: seconds that a client may leave a stream unread before it is ended.
+        trace_to: where traces of calls are sent, as OTLP over gRPC ("http://127.0.0.1:4317"); None:
+            nowhere. Needs the extra `trace`.
         log_level: "debug", "info", "warning" or "error".
     """
 
@@ -83,6 +85,7 @@ class ServeConfig:
     drain_s: float = 30.0
     linger_s: float = 30.0
     stall_s: float = 60.0
+    trace_to: str | None = None
     log_level: str = "info"
 
     def __post_init__(self) -> None:
@@ -99,6 +102,8 @@ class ServeConfig:
             seconds = getattr(self, name)
             if not isinstance(seconds, int | float) or not 0 <= seconds <= 86400:
                 raise ValueError(f"{name}={seconds!r}: must be from 0 to 86400 seconds")
+        if self.trace_to is not None and not self.trace_to.startswith(("http://", "https://")):
+            raise ValueError(f"trace_to={self.trace_to!r}: write http://HOST:PORT of a collector")
         if self.log_level not in LOG_LEVELS:
             raise ValueError(f"log_level={self.log_level!r}: there are {', '.join(LOG_LEVELS)}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 from dataclasses import dataclass
@@ -80,6 +81,19 @@ def bearer_token(header: str | None) -> str | None:
     """The token of an "authorization" header; None without one, or with another scheme."""
     scheme, _, token = (header or "").partition(" ")
     return token.strip() or None if scheme.lower() == "bearer" else None
+
+
+def basic_password(header: str | None) -> str | None:
+    """The password of an "authorization" header of scheme Basic, which is how browsers send a key
+    that they asked a person for; None without one, or with another scheme."""
+    scheme, _, encoded = (header or "").partition(" ")
+    if scheme.lower() != "basic":
+        return None
+    try:
+        text = base64.b64decode(encoded.strip(), validate=True).decode()
+    except ValueError:
+        return None
+    return text.partition(":")[2] or None
 
 
 def _digest(key: str) -> bytes:

@@ -110,6 +110,9 @@ class SimSteps:
         if self._compile_s and key not in self._compiled:
             self._pending.setdefault(key, self._clock() + self._compile_s)
 
+    def prepare(self, mode: StepMode) -> None:
+        """Nobody waits for steps of another mode."""
+
     def need_bytes(self, rows: int, seqs: int, mode: StepMode, exact: bool) -> int:
         """What the step needs that `choose` gives; of the exact one if so asked."""
         if exact:

@@ -13,7 +13,14 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from ellm_jax.structured.matcher import GrammarError, MaskWords, Matcher, next_words, reason_of
+from ellm_jax.structured.matcher import (
+    GrammarError,
+    MaskWords,
+    Matcher,
+    Vocabulary,
+    next_words,
+    reason_of,
+)
 from ellm_jax.structured.output import StructuredOutput
 
 if TYPE_CHECKING:
@@ -47,7 +54,7 @@ _JSON_RULES: Any = {"whitespace_pattern": r"[ \t]{1,2}|\r?\n[ \t]{0,40}", "lenie
 class Grammar:
     """A compiled grammar in its first state; makes matchers for requests. May be shared."""
 
-    def __init__(self, first: LLMatcher, vocab_size: int, end_ids: Sequence[int]):
+    def __init__(self, first: LLMatcher, vocabulary: Vocabulary):
         """Takes over a matcher of the library that has taken no token.
 
         Raises:
@@ -56,15 +63,13 @@ class Grammar:
         if first.is_error():
             raise GrammarError(reason_of(first.get_error()))
         self._first = first
-        self._vocab_size = vocab_size
-        self._end_ids = end_ids
-        self._allowed: MaskWords = next_words(first, vocab_size)
+        self._vocabulary = vocabulary
+        self._allowed: MaskWords = next_words(first, vocabulary.size)
         self.matcher()  # finds out whether anything is allowed at all
 
     def matcher(self, *, ends: bool = True) -> Matcher:
         """The state of a new request; `ends` as of `Matcher`."""
-        copy = self._first.deep_copy()
-        return Matcher(copy, self._allowed, self._vocab_size, self._end_ids, ends=ends)
+        return Matcher(self._first.deep_copy(), self._allowed, self._vocabulary, ends=ends)
 
 
 class _Job:
@@ -106,7 +111,7 @@ class Grammars:
         self._waiting = 0
         self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="ellm-grammar")
         self._tokenizer_lock = threading.Lock()
-        self._tokenizer: LLTokenizer | None = None
+        self._tokens: tuple[LLTokenizer, Vocabulary] | None = None
 
     def get(self, wanted: StructuredOutput) -> Future[Grammar]:
         """The compiled grammar, now or soon; the future holds `GrammarError` where it cannot be
@@ -193,22 +198,20 @@ class Grammars:
         import llguidance
 
         limits = llguidance.LLParserLimits(verbose_errors=False, **_LIMITS)
-        source = _source(wanted)
-        first = llguidance.LLMatcher(self._tokens(), source, log_level=0, limits=limits)
-        return Grammar(first, self._vocab_size, self._ends())
+        tokenizer, vocabulary = self._vocabulary()
+        first = llguidance.LLMatcher(tokenizer, _source(wanted), log_level=0, limits=limits)
+        return Grammar(first, vocabulary)
 
-    def _ends(self) -> tuple[int, ...]:
-        return self._end_ids or tuple(self._tokens().eos_tokens)
-
-    def _tokens(self) -> LLTokenizer:
-        """The tokenizer as the library has it. Making one takes a second for a large vocabulary."""
+    def _vocabulary(self) -> tuple[LLTokenizer, Vocabulary]:
+        """The tokenizer as the library has it, which takes a second to make for a large vocabulary,
+        and the model's tokens."""
         import llguidance
 
         with self._tokenizer_lock:
-            if self._tokenizer is None:
+            if self._tokens is None:
                 text = self._text_tokenizer
                 try:
-                    self._tokenizer = llguidance.LLTokenizer(
+                    tokenizer = llguidance.LLTokenizer(
                         text.backend.to_str(),
                         n_vocab=max(self._vocab_size, text.vocab_size),
                         eos_token=list(self._end_ids) or text.token_id("eos_token"),
@@ -217,7 +220,9 @@ class Grammars:
                     raise GrammarError(
                         f"llguidance cannot work with this model's tokenizer: {error}"
                     ) from error
-            return self._tokenizer
+                ends = self._end_ids or tokenizer.eos_tokens
+                self._tokens = tokenizer, Vocabulary(self._vocab_size, ends)
+            return self._tokens
 
 
 def _source(wanted: StructuredOutput) -> str:

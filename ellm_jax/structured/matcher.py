@@ -34,6 +34,22 @@ def words_of(tokens: Iterable[int], vocab_size: int) -> MaskWords:
     return words
 
 
+class Vocabulary:
+    """The tokens of a model, as masks.
+
+    Attributes:
+        size: how many there are.
+        ends: those that end a text.
+        texts: all others.
+    """
+
+    def __init__(self, size: int, end_ids: Iterable[int]):
+        """Takes the size, and the tokens that end a text."""
+        self.size = size
+        self.ends = words_of(end_ids, size)
+        self.texts: MaskWords = words_of(range(size), size) & ~self.ends
+
+
 class Matcher:
     """The state of one request's grammar after the tokens of its output.
 
@@ -50,8 +66,7 @@ class Matcher:
         self,
         matcher: LLMatcher,
         allowed: MaskWords,
-        vocab_size: int,
-        end_ids: Iterable[int],
+        vocabulary: Vocabulary,
         *,
         ends: bool = True,
     ):
@@ -60,15 +75,12 @@ class Matcher:
         Args:
             matcher: of the library; nobody else uses it.
             allowed: what it allows first, as the library says.
-            vocab_size: of the model.
-            end_ids: tokens that end a text.
+            vocabulary: of the model.
             ends: whether the text may end where more may follow too. Otherwise it goes on as long
                 as the grammar has anything to go on with.
         """
         self._matcher = matcher
-        self._vocab_size = vocab_size
-        self._ends = words_of(end_ids, vocab_size)
-        self._texts = words_of(range(vocab_size), vocab_size) & ~self._ends
+        self._vocabulary = vocabulary
         self._may_end = ends
         self.num_tokens = 0
         self.complete = False
@@ -89,20 +101,20 @@ class Matcher:
             self._check()
             self.complete = True
             return
-        self.allowed = self._checked(next_words(self._matcher, self._vocab_size))
+        self.allowed = self._checked(next_words(self._matcher, self._vocabulary.size))
 
     def leaves_beside(self, tokens: Iterable[int]) -> bool:
         """Whether any other token than these may come next."""
-        return bool(np.any(self.allowed & ~words_of(tokens, self._vocab_size)))
+        return bool(np.any(self.allowed & ~words_of(tokens, self._vocabulary.size)))
 
     def _checked(self, allowed: MaskWords) -> MaskWords:
         """The tokens of the vocabulary that may come next."""
         self._check()
-        texts: MaskWords = allowed & self._texts
+        texts: MaskWords = allowed & self._vocabulary.texts
         self.complete = not texts.any()
         if not self.complete and not self._may_end:
             return texts
-        allowed = texts | (allowed & self._ends)
+        allowed = texts | (allowed & self._vocabulary.ends)
         if not allowed.any():
             raise GrammarError(
                 "no token of the vocabulary can go on from here; change what the output has to be"

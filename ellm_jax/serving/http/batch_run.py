@@ -127,7 +127,8 @@ class BatchRun:
         found = []
         for file in (self._stored.output, self._stored.errors):
             whole_bytes = count = 0
-            with self._store.open(file.id, "r+b") as target:
+            with self._store.open(file.id, "a+b") as target:
+                target.seek(0)
                 for line in target:
                     if not line.endswith(b"\n"):
                         break

@@ -14,7 +14,7 @@ from ellm_jax.serving.http import completions as _completions
 from ellm_jax.serving.http import replies
 from ellm_jax.serving.http.batch_run import BadBatch, BatchRun
 from ellm_jax.serving.http.body import decode
-from ellm_jax.serving.http.context import Context, new_id
+from ellm_jax.serving.http.context import Caller, Context, new_id
 from ellm_jax.serving.http.errors import HttpError
 from ellm_jax.serving.http.files import FileStore, StoredBatch
 from ellm_jax.serving.http.requests import BatchCreate, BatchLine, Common
@@ -100,7 +100,8 @@ class Batches:
         if batch.status != "cancelling":
             batch.status, batch.cancelling_at = "cancelling", int(time.time())
             self._store.put_batch(stored)
-            self._tasks[batch.id].cancel()
+            if (task := self._tasks.get(batch.id)) is not None:
+                task.cancel()
         return batch
 
     def _begin(self, stored: StoredBatch) -> None:
@@ -149,16 +150,17 @@ class Batches:
         Raises:
             HttpError, ServiceError: the line was refused, or failed.
         """
+        caller = Caller(tenant, priority=PRIORITY)
         while True:
             try:
                 async with self._turns:
                     if line.url == "/v1/chat/completions":
                         chat = decode(line.body, _chat.DECODER)
                         _check_whole(chat)
-                        return await self._chat.answer(chat, tenant, PRIORITY)
+                        return await self._chat.answer(chat, caller)
                     text = decode(line.body, _completions.DECODER)
                     _check_whole(text)
-                    return await self._completions.answer(text, tenant, PRIORITY)
+                    return await self._completions.answer(text, caller)
             except ServiceError as error:
                 if error.kind not in _LATER or not self._context.service.live:
                     raise

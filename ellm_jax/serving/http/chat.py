@@ -13,7 +13,7 @@ from ellm_jax.outputs import CompletionDelta, CompletionOutput, RequestUpdate
 from ellm_jax.serving.call import Call
 from ellm_jax.serving.http import replies
 from ellm_jax.serving.http.body import read_json
-from ellm_jax.serving.http.context import Context, Tally, finish_reason, new_id, tenant_of
+from ellm_jax.serving.http.context import Caller, Context, Tally, caller_of, finish_reason, new_id
 from ellm_jax.serving.http.disconnect import while_connected
 from ellm_jax.serving.http.event_stream import EventStream, event, reply
 from ellm_jax.serving.http.requests import ChatRequest
@@ -22,7 +22,6 @@ from ellm_jax.serving.http.streams import complete_all, events
 from ellm_jax.serving.http.templates import prompt_ids
 from ellm_jax.serving.http.tool_calls import Call as ToolCall
 from ellm_jax.serving.http.tool_choice import ToolUse, tool_use
-from ellm_jax.serving.tenants import Tenant
 
 DECODER = msgspec.json.Decoder(ChatRequest)
 
@@ -35,18 +34,16 @@ class Chat:
 
     async def post(self, request: Request) -> Response:
         """Answers a request."""
-        context, tenant = self._context, tenant_of(request)
+        context, caller = self._context, caller_of(request)
         asked = await read_json(request, DECODER, context.config.max_body_bytes)
         if not asked.stream:
-            return reply(await while_connected(request.receive, self.answer(asked, tenant)))
+            return reply(await while_connected(request.receive, self.answer(asked, caller)))
         use = tool_use(asked, context.tool_format, context.config)
-        call = await self._call(asked, use, tenant)
+        call = await self._call(asked, use, caller)
         writer = _Writer(context, asked, use, call.params.n)
         return EventStream(events(context.service, [call], writer, writer.counts))
 
-    async def answer(
-        self, asked: ChatRequest, tenant: Tenant, priority: int = 0
-    ) -> replies.ChatCompletion:
+    async def answer(self, asked: ChatRequest, caller: Caller) -> replies.ChatCompletion:
         """The whole answer.
 
         Raises:
@@ -54,7 +51,7 @@ class Chat:
         """
         context = self._context
         use = tool_use(asked, context.tool_format, context.config)
-        call = await self._call(asked, use, tenant, priority)
+        call = await self._call(asked, use, caller)
         (output,) = await complete_all(context.service, [call])
         tally = Tally()
         tally.add(output)
@@ -68,13 +65,11 @@ class Chat:
             list(output.prompt_token_ids) if ids else UNSET,
         )
 
-    async def _call(
-        self, asked: ChatRequest, use: ToolUse, tenant: Tenant, priority: int = 0
-    ) -> Call:
+    async def _call(self, asked: ChatRequest, use: ToolUse, caller: Caller) -> Call:
         self._context.check_model(asked.model)
         params = chat_params(asked, use, self._context.config)
         ids = await prompt_ids(self._context.tokenizer, asked)
-        return Call(ids, params, tenant, priority=priority)
+        return caller.call(ids, params)
 
     def _choice(self, completion: CompletionOutput, use: ToolUse, ids: bool) -> replies.ChatChoice:
         reason = finish_reason(completion.finish_reason, completion.error)

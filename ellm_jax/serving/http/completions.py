@@ -16,13 +16,12 @@ from ellm_jax.serving.call import Call
 from ellm_jax.serving.errors import ErrorKind, ServiceError
 from ellm_jax.serving.http import replies
 from ellm_jax.serving.http.body import read_json
-from ellm_jax.serving.http.context import Context, Tally, finish_reason, new_id, tenant_of
+from ellm_jax.serving.http.context import Caller, Context, Tally, caller_of, finish_reason, new_id
 from ellm_jax.serving.http.disconnect import while_connected
 from ellm_jax.serving.http.event_stream import EventStream, event, reply
 from ellm_jax.serving.http.requests import CompletionRequest
 from ellm_jax.serving.http.sampling import text_params
 from ellm_jax.serving.http.streams import complete_all, events
-from ellm_jax.serving.tenants import Tenant
 
 DECODER = msgspec.json.Decoder(CompletionRequest)
 
@@ -35,23 +34,21 @@ class Completions:
 
     async def post(self, request: Request) -> Response:
         """Answers a request."""
-        context, tenant = self._context, tenant_of(request)
+        context, caller = self._context, caller_of(request)
         asked = await read_json(request, DECODER, context.config.max_body_bytes)
         if not asked.stream:
-            return reply(await while_connected(request.receive, self.answer(asked, tenant)))
-        calls = self._calls(asked, tenant)
+            return reply(await while_connected(request.receive, self.answer(asked, caller)))
+        calls = self._calls(asked, caller)
         writer = _Writer(context, asked, calls[0].params.n)
         return EventStream(events(context.service, calls, writer, writer.counts))
 
-    async def answer(
-        self, asked: CompletionRequest, tenant: Tenant, priority: int = 0
-    ) -> replies.Completion:
+    async def answer(self, asked: CompletionRequest, caller: Caller) -> replies.Completion:
         """The whole answer.
 
         Raises:
             HttpError, ServiceError: it was refused, or failed.
         """
-        calls = self._calls(asked, tenant, priority)
+        calls = self._calls(asked, caller)
         tally = Tally()
         choices: list[replies.TextChoice] = []
         for output in await complete_all(self._context.service, calls):
@@ -63,7 +60,7 @@ class Completions:
             new_id("cmpl"), int(time.time()), self._context.model, choices, tally.usage
         )
 
-    def _calls(self, asked: CompletionRequest, tenant: Tenant, priority: int = 0) -> list[Call]:
+    def _calls(self, asked: CompletionRequest, caller: Caller) -> list[Call]:
         self._context.check_model(asked.model)
         prompts = _prompts(asked.prompt)
         most = self._context.config.max_prompts
@@ -74,7 +71,9 @@ class Completions:
                 param="prompt",
             )
         params = text_params(asked, self._context.config)
-        return [Call(prompt, params, tenant, priority=priority) for prompt in prompts]
+        if len(prompts) == 1:
+            return [caller.call(prompts[0], params)]
+        return [caller.call(prompt, params, i) for i, prompt in enumerate(prompts)]
 
     def _choice(
         self, index: int, completion: CompletionOutput, prompt_ids: Sequence[int] | None

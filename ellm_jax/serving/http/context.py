@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from starlette.requests import Request
 
 from ellm_jax.outputs import RequestOutput
+from ellm_jax.sampling import SamplingParams
+from ellm_jax.serving.call import Call
 from ellm_jax.serving.errors import ErrorKind, ServiceError
 from ellm_jax.serving.http import replies
 from ellm_jax.serving.http.errors import HttpError
@@ -56,6 +59,35 @@ def tenant_of(request: Request) -> Tenant:
     """Who asks."""
     tenant: Tenant = request.state.tenant
     return tenant
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks, and how.
+
+    Attributes:
+        tenant: who.
+        call_id: what logs and traces call it; None: whatever the service does.
+        priority: lower is sooner.
+    """
+
+    tenant: Tenant
+    call_id: str | None = None
+    priority: int = 0
+
+    def call(
+        self, prompt: str | Sequence[int], params: SamplingParams, number: int | None = None
+    ) -> Call:
+        """A call of the service; `number` tells those of one request apart."""
+        name = self.call_id
+        if name is not None and number is not None:
+            name = f"{name}-{number}"
+        return Call(prompt, params, self.tenant, request_id=name, priority=self.priority)
+
+
+def caller_of(request: Request) -> Caller:
+    """Who asks, by a request."""
+    return Caller(tenant_of(request), request.state.call_id)
 
 
 def new_id(kind: str) -> str:

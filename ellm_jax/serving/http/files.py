@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import tempfile
 import time
 import uuid
@@ -52,9 +51,10 @@ class FileStore:
 
     def __init__(self, config: ServeConfig):
         """Opens `ServeConfig.files_dir`; without one, a directory that `close` removes."""
-        self._own = config.files_dir is None
+        self._own: tempfile.TemporaryDirectory[str] | None = None
         if config.files_dir is None:
-            self.directory = Path(tempfile.mkdtemp(prefix="ellm-files-"))
+            self._own = tempfile.TemporaryDirectory(prefix="ellm-files-")
+            self.directory = Path(self._own.name)
         else:
             self.directory = Path(config.files_dir)
             self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -64,8 +64,8 @@ class FileStore:
 
     def close(self) -> None:
         """Removes a directory of its own."""
-        if self._own:
-            shutil.rmtree(self.directory, ignore_errors=True)
+        if self._own is not None:
+            self._own.cleanup()
 
     # Files.
 

@@ -13,12 +13,16 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ellm_jax.serving.errors import ServiceError
+from ellm_jax.serving.errors import ErrorKind, ServiceError
 from ellm_jax.serving.http.errors import HttpError, answer_of
-from ellm_jax.serving.tenants import Keys, bearer_token
+from ellm_jax.serving.http.turns import Turns
+from ellm_jax.serving.logs import request_context
+from ellm_jax.serving.tenants import Keys, basic_password, bearer_token
 
 LIVENESS_PATH = "/health"
 """The one path that needs no key."""
+PAGES_PATH = "/dashboard"
+"""What lies here is looked at in browsers, which ask a person for the key as a password."""
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _log = logging.getLogger(__name__)
@@ -34,9 +38,11 @@ class Guard:
         """
         self._app = app
         self._keys = keys
+        self._turns = Turns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers a request. `scope["state"]` gets `tenant` and `request_id`."""
+        """Answers a request. `scope["state"]` gets `tenant`, `request_id`, and `call_id`, which is
+        the same but unique: clients may use an id again."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -44,7 +50,9 @@ class Guard:
         given = headers.get(b"x-request-id", b"")
         request_id = given if _REQUEST_ID.fullmatch(given) else b"req_" + uuid.uuid4().hex.encode()
         state = scope.setdefault("state", {})
-        state["request_id"] = request_id.decode()
+        state["request_id"] = state["call_id"] = request_id.decode()
+        if request_id is given:
+            state["call_id"] = f"{given[:64].decode()}-{uuid.uuid4().hex[:12]}"
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -57,12 +65,17 @@ class Guard:
         try:
             if scope["path"] != LIVENESS_PATH:
                 authorization = headers.get(b"authorization", b"").decode("latin-1")
-                state["tenant"] = self._keys.authenticate(bearer_token(authorization))
-            await self._app(scope, receive, send_with_id)
+                token = bearer_token(authorization)
+                if token is None and _is_page(scope):
+                    token = basic_password(authorization)
+                state["tenant"] = self._keys.authenticate(token)
+                await self._turns.wait()
+            with request_context(state["request_id"]):
+                await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             _log.debug("request %s: the client has gone", state["request_id"])
         except (ServiceError, HttpError) as error:
-            await _say(error, started, send_with_id)
+            await _say(_for_browsers(error, scope), started, send_with_id)
         except HTTPException as error:
             shaped = HttpError(error.status_code, error.detail, headers=dict(error.headers or {}))
             await _say(shaped, started, send_with_id)
@@ -70,6 +83,21 @@ class Guard:
             _log.exception("request %s failed", state["request_id"])
             shaped = HttpError(500, "the server failed; its log says why, by the request's id")
             await _say(shaped, started, send_with_id)
+
+
+def _is_page(scope: Scope) -> bool:
+    path: str = scope["path"]
+    return path == PAGES_PATH or path.startswith(f"{PAGES_PATH}/")
+
+
+def _for_browsers(error: ServiceError | HttpError, scope: Scope) -> ServiceError | HttpError:
+    """Has a browser ask for a key where a page needs one. Not for what a page posts: a key that was
+    typed into it is then wrong, and it says so itself."""
+    unknown = isinstance(error, ServiceError) and error.kind is ErrorKind.UNAUTHENTICATED
+    if not unknown or scope["method"] != "GET" or not _is_page(scope):
+        return error
+    challenge = {"www-authenticate": 'Basic realm="ellm: the key is the password"'}
+    return HttpError(401, str(error), code="invalid_api_key", headers=challenge)
 
 
 async def _say(error: ServiceError | HttpError, started: bool, send: Send) -> None:

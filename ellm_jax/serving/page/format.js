@@ -32,6 +32,7 @@ export function count(value) {
 
 // For an axis: no zeros that say nothing.
 export function timeTick(ms) {
+  if (ms === 0) return "0";
   return ms >= 1000 ? `${ms / 1000}\u00a0s` : `${ms}\u00a0ms`;
 }
 
