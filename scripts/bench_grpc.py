@@ -47,6 +47,7 @@ def main() -> None:
 
 async def bench(args: argparse.Namespace) -> None:
     from ellm_jax import Engine, EngineConfig
+    from ellm_jax.serving import collector
     from ellm_jax.serving.grpc.server import GrpcServer
     from ellm_jax.serving.service import Service
     from ellm_jax.serving.settings import ServeConfig
@@ -61,7 +62,8 @@ async def bench(args: argparse.Namespace) -> None:
         asked = Clients()
         await asked.start(port)
         try:
-            await measure(args, engine, service, asked)
+            with collector.settled():
+                await measure(args, engine, service, asked)
         finally:
             await asked.stop()
             await server.stop(0)

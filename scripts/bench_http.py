@@ -49,12 +49,13 @@ def main() -> None:
 
 def bench(args: argparse.Namespace) -> None:
     from ellm_jax import Engine, EngineConfig, SamplingParams
+    from ellm_jax.serving import collector
 
     config = EngineConfig(device_memory=args.device_memory, max_num_seqs=64, progress=False)
     with Engine.from_pretrained(args.model, config) as engine:
         vocab = engine.model_config.vocab_size
         params = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True)
-        with Server(engine) as server:
+        with Server(engine) as server, collector.settled():
             # Compiles what is measured afterwards.
             engine.generate(prompts(-1, args.requests, args.prompt_tokens, vocab), params)
             server.ask(prompts(-2, args.requests, args.prompt_tokens, vocab), 4, at_once=True)

@@ -141,7 +141,8 @@ def read_reply(connection: socket.socket) -> tuple[int, Any]:
     while b"\r\n\r\n" not in data:
         assert time.monotonic() < end, "no reply came"
         piece = connection.recv(65536)
-        assert piece, f"hung up after {data!r}"
+        if not piece:
+            raise ConnectionResetError(f"hung up after {data!r}")
         data += piece
     head, _, body = data.partition(b"\r\n\r\n")
     length = next(
@@ -151,6 +152,7 @@ def read_reply(connection: socket.socket) -> tuple[int, Any]:
     )
     while len(body) < length:
         piece = connection.recv(65536)
-        assert piece, "hung up"
+        if not piece:
+            raise ConnectionResetError("hung up")
         body += piece
     return int(head.split()[1]), json.loads(body[:length]) if length else None

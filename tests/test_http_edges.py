@@ -214,7 +214,8 @@ def test_a_head_without_an_end(server):
                 connection.sendall(b"x" * 1000)
         # Hung up with what was sent unread, which may cost the client the reply.
         with contextlib.suppress(ConnectionError):
-            assert read_reply(connection)[0] == 431
+            # Too late instead of too large, where this process was held up meanwhile.
+            assert read_reply(connection)[0] in (408, 431)
 
 
 def test_what_is_not_http(server):

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Protocol
 
 from ellm_jax.engine import Engine
+from ellm_jax.serving import collector
 from ellm_jax.serving.grpc.server import GrpcServer
 from ellm_jax.serving.http.app import make_app
 from ellm_jax.serving.http.transport import HttpTransport
@@ -101,7 +102,7 @@ async def serve(
             http = HttpTransport(make_app(service, keys, config, routes), config)
             addresses["http"] = await _listen(stack, http, config.http)
         stack.callback(service.fail_all, stopped())
-        with ending.listening_to_signals():
+        with ending.listening_to_signals(), collector.settled():
             if on_listening is not None:
                 on_listening(Listening(addresses))
             return await ending.wait()

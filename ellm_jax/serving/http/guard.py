@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ellm_jax.serving.errors import ErrorKind, ServiceError
 from ellm_jax.serving.http.errors import HttpError, answer_of
+from ellm_jax.serving.http.turns import Turns
 from ellm_jax.serving.logs import request_context
 from ellm_jax.serving.tenants import Keys, basic_password, bearer_token
 
@@ -37,6 +38,7 @@ class Guard:
         """
         self._app = app
         self._keys = keys
+        self._turns = Turns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request. `scope["state"]` gets `tenant`, `request_id`, and `call_id`, which is
@@ -67,6 +69,7 @@ class Guard:
                 if token is None and _is_page(scope):
                     token = basic_password(authorization)
                 state["tenant"] = self._keys.authenticate(token)
+                await self._turns.wait()
             with request_context(state["request_id"]):
                 await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
