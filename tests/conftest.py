@@ -1,7 +1,7 @@
 """Fixtures shared by the tests: small checkpoints, and engines over them."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import hf_checkpoints
@@ -35,6 +35,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
 
     items.sort(key=place)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Half surrogates in what a test logged or printed would end the process that reports it."""
+    report = yield
+    report.sections = [(name, _encodable(text)) for name, text in report.sections]
+    why = str(report.longrepr)
+    if report.failed and why != _encodable(why):
+        report.longrepr = _encodable(why)
+    return report
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @pytest.fixture(scope="session", autouse=True)
