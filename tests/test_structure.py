@@ -14,6 +14,7 @@ ROOT = Path(ellm_jax.__file__).parent
 # Top floor first. A module belongs to the longest entry that its name starts with.
 FLOORS = [
     ["ellm_jax.cli", "ellm_jax.__main__"],
+    ["ellm_jax.bench.serving"],
     ["ellm_jax.serving.run"],
     ["ellm_jax.serving.grpc", "ellm_jax.serving.http"],
     ["ellm_jax.bench", "ellm_jax.serving", "ellm_jax.batch_file", "ellm_jax.doctor"],

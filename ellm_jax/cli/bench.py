@@ -13,6 +13,7 @@ from ellm_jax.cli import (
     bench_peers,
     bench_picture,
     bench_quality,
+    bench_serve,
 )
 from ellm_jax.cli.bench_options import add_lengths, rate, whole
 
@@ -26,6 +27,7 @@ examples:
   ellm bench memory --context 1024 --device-memory 64MiB --policy all
   ellm bench peers --model ./my-model --peer vllm-cpu --peer openvino-genai
   ellm bench quality --text book.txt --quantization int4
+  ellm bench serve --model ./my-model --device-memory 4GiB
 
 Files of requests: our own JSONL, Azure LLM inference CSV (2023, 2024), Mooncake JSONL, ShareGPT
 JSON, BurstGPT CSV.
@@ -54,6 +56,7 @@ def add_command(commands: Any) -> None:
     bench_peers.add_kind(kinds)
     bench_picture.add_kind(kinds)
     bench_quality.add_kind(kinds)
+    bench_serve.add_kind(kinds)
     _add_workload(kinds)
 
 

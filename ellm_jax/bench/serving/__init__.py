@@ -1,0 +1,1 @@
+"""What serving costs, against the engine called directly."""
