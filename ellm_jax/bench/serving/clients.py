@@ -123,7 +123,8 @@ class _Grpc:
     def encode(self, prompt: list[int], tokens: int) -> bytes:
         sampling = pb.Sampling(max_tokens=tokens, temperature=0, ignore_eos=True)
         ids = pb.TokenIds(ids=prompt)
-        return pb.GenerateRequest(token_ids=ids, sampling=sampling).SerializeToString()
+        request: bytes = pb.GenerateRequest(token_ids=ids, sampling=sampling).SerializeToString()
+        return request
 
     async def stream(self, request: bytes) -> tuple[float, bytes]:
         begin_s, first_s, end = time.monotonic(), 0.0, b""
@@ -133,7 +134,8 @@ class _Grpc:
         return first_s, end
 
     def whole(self, end: bytes, tokens: int) -> bool:
-        return pb.GenerateStreamResponse.FromString(end).usage.completion_tokens == tokens
+        usage = pb.GenerateStreamResponse.FromString(end).usage
+        return bool(usage.completion_tokens == tokens)
 
 
 MODEL_NAME = "bench"

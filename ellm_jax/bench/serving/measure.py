@@ -15,7 +15,7 @@ import numpy as np
 
 from ellm_jax.bench.measure import Spread, median_of
 from ellm_jax.bench.peers.tree_memory import resident_bytes
-from ellm_jax.bench.serving.clients import MODEL_NAME, TRANSPORTS, ClientProcess
+from ellm_jax.bench.serving.clients import MODEL_NAME, ClientProcess
 from ellm_jax.bench.tables import Row, columns
 from ellm_jax.config import format_bytes
 from ellm_jax.engine import Engine
@@ -29,6 +29,7 @@ DIRECT = "generate"
 _LAG_SAMPLE_S = 0.002
 _MEMORY_SAMPLE_S = 0.1
 _FEW_TOKENS = 4
+_ANY_PORT = "127.0.0.1:0"
 
 
 @dataclass(frozen=True)
@@ -218,21 +219,24 @@ def _params(tokens: int) -> SamplingParams:
 @contextlib.asynccontextmanager
 async def _serving(engine: Engine, transports: Sequence[str]) -> AsyncIterator[dict[str, str]]:
     """The server as `ellm serve` has it, on free ports of this machine; its addresses."""
-    loop = asyncio.get_running_loop()
-    listening: asyncio.Future[Listening] = loop.create_future()
-    stop = asyncio.Event()
+    begun, stop = asyncio.Event(), asyncio.Event()
+    addresses: dict[str, str] = {}
+
+    def on_listening(listening: Listening) -> None:
+        addresses.update(listening.addresses)
+        begun.set()
+
     config = ServeConfig(
-        MODEL_NAME, **{name: "127.0.0.1:0" for name in TRANSPORTS if name in transports}
+        MODEL_NAME,
+        http=_ANY_PORT if "http" in transports else None,
+        grpc=_ANY_PORT if "grpc" in transports else None,
     )
-    serving = asyncio.create_task(
-        serve(engine, config, on_listening=listening.set_result, stop=stop)
-    )
-    await asyncio.wait([listening, serving], return_when=asyncio.FIRST_COMPLETED)
-    if not listening.done():
-        listening.cancel()
-        serving.result()
+    serving = asyncio.create_task(serve(engine, config, on_listening=on_listening, stop=stop))
+    serving.add_done_callback(lambda _: begun.set())
+    await begun.wait()
     try:
-        yield dict(listening.result().addresses)
+        if addresses:
+            yield addresses
     finally:
         stop.set()
         await serving
