@@ -1,5 +1,6 @@
 """`ellm top` against servers that answer well, badly, and not at all."""
 
+import contextlib
 import json
 import os
 import pty
@@ -216,6 +217,7 @@ def test_it_goes_on_until_interrupted(serve):
         state.update(broken=False, started_s=2.0)
         _read_until(leader, "run-2")
         process.send_signal(signal.SIGINT)
+        _read_rest(leader)
         assert process.wait(30) == 0
     finally:
         process.kill()
@@ -234,3 +236,13 @@ def _read_until(terminal: int, text: str, seconds: float = 60.0) -> None:
         assert time.monotonic() < end, seen[-2000:]
         if select.select([terminal], [], [], 0.2)[0]:
             seen += os.read(terminal, 65536)
+
+
+def _read_rest(terminal: int, seconds: float = 60.0) -> None:
+    """Until the program has ended. Unread, its last words would fill the terminal and hold it."""
+    end = time.monotonic() + seconds
+    with contextlib.suppress(OSError):  # the other end is closed
+        while True:
+            assert time.monotonic() < end, "it goes on"
+            if select.select([terminal], [], [], 0.2)[0] and not os.read(terminal, 65536):
+                return

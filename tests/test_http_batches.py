@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import CheckedEngine
+from checked_engine import CheckedEngine
 from http_server import MODEL, RunningServer
 from openai import OpenAI
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from conftest import CheckedEngine
+from checked_engine import CheckedEngine
 from engine_requests import wait_until
 from http_server import MODEL, RunningServer, read_reply, request_bytes
 from starlette.responses import PlainTextResponse

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 import schemathesis
-from conftest import CheckedEngine
+from checked_engine import CheckedEngine
 from http_server import MODEL, RunningServer
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from schemathesis import GenerationMode

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from conftest import CheckedEngine
+from checked_engine import CheckedEngine
 from http_server import MODEL, RunningServer
 from openai import AsyncOpenAI, OpenAI
 

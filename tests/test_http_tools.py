@@ -9,7 +9,7 @@ from pathlib import Path
 import jsonschema_rs  # comes with schemathesis
 import openai
 import pytest
-from conftest import CheckedEngine
+from checked_engine import CheckedEngine
 from http_server import MODEL, RunningServer
 from openai import OpenAI
 
@@ -219,7 +219,9 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize(("form", "right"), FORMS, ids=str)
+@pytest.mark.parametrize(
+    ("form", "right"), FORMS, ids=["regex", "choice", "grammar", "json_schema"]
+)
 def test_completions_take_forms_too(client, form, right):
     for seed in range(3):
         (choice,) = client.completions.create(

@@ -45,3 +45,4 @@ def quantized_params(
                 open_parts[name] = kind(name, held, shards)
             if open_parts[name].add(array):
                 yield from open_parts.pop(name).params()
+        del array  # not to hold two at once

@@ -196,14 +196,14 @@ def watch_steady(engine: Engine, batch: int, seconds: float, calls: int) -> Stea
 
 @contextmanager
 def _last_step(engine: Engine) -> Iterator[list[Any]]:
-    """Remembers what was dispatched last: key, spans, sampling and targets; nothing before that."""
+    """Remembers what was dispatched last, `dispatch`'s arguments; nothing before that."""
     runner: Any = engine._loop.executor._runner  # type: ignore[attr-defined]
     dispatch = runner.dispatch
     kept: list[Any] = []
 
-    def remember(key: Any, spans: Sequence[Span], sampling: Any, targets: Any) -> Any:
-        kept[:] = key, list(spans), sampling, targets
-        return dispatch(key, spans, sampling, targets)
+    def remember(key: Any, spans: Sequence[Span], *rest: Any) -> Any:
+        kept[:] = key, list(spans), *rest
+        return dispatch(*kept)
 
     runner.dispatch = remember
     try:
