@@ -11,7 +11,7 @@ from ellm_jax.cli import main
 
 def test_each_side_is_measured(tiny_checkpoint, capsys, tmp_path):
     saved = tmp_path / "r.json"
-    options = "--device-memory 64MiB --quiet --requests 3 --prompt-tokens 9 --output-tokens 5"
+    options = "--device-memory 64MiB --quiet --requests 3 --prompt-len 9:12 --output-len 5"
     options += " --alone 2 --streams 6 --stream-tokens 4 --repeats 2"
     model = str(tiny_checkpoint("llama"))
     status = main(["bench", "serve", "--model", model, *options.split(), "--save", str(saved)])
@@ -35,7 +35,7 @@ def test_answers_that_fail_are_counted(make_engine, tiny_checkpoint, transport):
     """What the model's context does not hold is refused, by the server as it is by the engine."""
     engine = make_engine(tiny_checkpoint("llama"))
     longest = engine.model_config.max_context
-    work = Work(requests=2, prompt_tokens=9, output_tokens=5, alone=1, streams=4)
+    work = Work(requests=2, prompt_len=(9, 9), output_len=(5, 6), alone=1, streams=4)
     too_long = Work(**(vars(work) | {"stream_tokens": longest}))
 
     def measured(asked: Work):

@@ -40,9 +40,8 @@ def add_kind(kinds: Any) -> None:
     )
     for name, default, what in (
         ("requests", 64, "requests at once, for throughput"),
-        ("prompt-tokens", 128, "tokens of their prompts"),
-        ("output-tokens", 64, "tokens of their answers"),
         ("alone", 30, "requests one by one, for the time to the first token"),
+        ("alone-tokens", 128, "tokens of their prompts"),
         ("streams", 500, "clients at once, for event loop and memory"),
         ("stream-tokens", 32, "tokens of their prompts and of their answers"),
     ):
@@ -53,6 +52,9 @@ def add_kind(kinds: Any) -> None:
             metavar="N",
             help=f"{what} (default: {default})",
         )
+    bench_options.add_lengths(
+        parser, prompt=(32, 512), output=(16, 256), tokens_of="of --requests, tokens of each"
+    )
     bench_options.add_run(parser)
     options.add_model_option(parser)
     options.add_engine_options(parser)

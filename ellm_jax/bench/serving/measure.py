@@ -15,7 +15,8 @@ import numpy as np
 
 from ellm_jax.bench.measure import Spread, median_of
 from ellm_jax.bench.peers.tree_memory import resident_bytes
-from ellm_jax.bench.serving.clients import MODEL_NAME, ClientProcess
+from ellm_jax.bench.serving.clients import ClientProcess
+from ellm_jax.bench.serving.streams import MODEL_NAME
 from ellm_jax.bench.tables import Row, columns
 from ellm_jax.config import format_bytes
 from ellm_jax.engine import Engine
@@ -38,31 +39,46 @@ class Work:
 
     Attributes:
         requests: how many at once, for throughput.
-        prompt_tokens, output_tokens: of each of them.
+        prompt_len, output_len: least and most tokens of each of them.
         alone: how many one by one, for the time to the first token.
+        alone_tokens: of the prompt of each of those.
         streams: how many at once, for the event loop and memory.
         stream_tokens: of each of those, prompt and answer.
         seed: of the prompts.
     """
 
     requests: int = 64
-    prompt_tokens: int = 128
-    output_tokens: int = 64
+    prompt_len: tuple[int, int] = (32, 512)
+    output_len: tuple[int, int] = (16, 256)
     alone: int = 30
+    alone_tokens: int = 128
     streams: int = 500
     stream_tokens: int = 32
     seed: int = 0
 
 
-class _Prompts:
-    """Other prompts each time, so that none is found in the cache."""
+class _Crowds:
+    """Requests of the same lengths in every round, with other tokens, so that no prompt is found in
+    the cache."""
 
-    def __init__(self, vocab: int, seed: int):
-        self._vocab, self._random = vocab, random.Random(seed)
+    def __init__(self, vocab: int, work: Work):
+        self._vocab, self._random = vocab, random.Random(work.seed)
+        self._lengths = [
+            (self._random.randint(*work.prompt_len), self._random.randint(*work.output_len))
+            for _ in range(work.requests)
+        ]
+
+    def workload(self) -> tuple[list[list[int]], list[int]]:
+        """The prompts of a round, and the tokens of their answers."""
+        prompts, outputs = zip(*self._lengths, strict=True)
+        return [self._prompt(tokens) for tokens in prompts], list(outputs)
 
     def make(self, count: int, tokens: int) -> list[list[int]]:
-        draw = self._random.randrange
-        return [[draw(3, self._vocab) for _ in range(tokens)] for _ in range(count)]
+        """Prompts of a length."""
+        return [self._prompt(tokens) for _ in range(count)]
+
+    def _prompt(self, tokens: int) -> list[int]:
+        return [self._random.randrange(3, self._vocab) for _ in range(tokens)]
 
 
 @dataclass
@@ -88,9 +104,9 @@ async def measure_serving(
 ) -> dict[str, list[dict[str, Any]]]:
     """Measures `ellm serve`'s transports against the engine that serves, in this process.
 
-    In every round each side continues `work.requests` other prompts at once, then `work.alone`
-    one by one; the clients are processes of their own, but on the same cores. Then each transport
-    has `work.streams` clients at once while the event loop and the memory are watched.
+    In every round each side continues `work.requests` prompts at once, then `work.alone` one by
+    one; the clients are processes of their own, but on the same cores. Then each transport has
+    `work.streams` clients at once while the event loop and the memory are watched.
 
     Args:
         engine: over any model; its steps are compiled by a first round that does not count.
@@ -105,7 +121,7 @@ async def measure_serving(
     """
     sides: dict[str, _Side] = {DIRECT: _Direct(engine)}
     found: dict[str, list[dict[str, Any]]] = {DIRECT: []}
-    prompts = _Prompts(engine.model_config.vocab_size, work.seed)
+    crowds = _Crowds(engine.model_config.vocab_size, work)
     async with contextlib.AsyncExitStack() as stack:
         addresses = await stack.enter_async_context(_serving(engine, transports))
         for name in transports:
@@ -113,40 +129,41 @@ async def measure_serving(
             found[name] = []
         tell("compiling steps")
         for side in sides.values():
-            await side.ask(prompts.make(work.requests, work.prompt_tokens), _FEW_TOKENS)
-            await side.alone(prompts.make(2, work.prompt_tokens))
+            await side.ask(*crowds.workload())
+            await side.alone(crowds.make(2, work.alone_tokens))
         for count in range(rounds):
             for name, side in sides.items():
                 tell(f"round {count + 1} of {rounds}: {name}")
-                found[name].append(await _round(engine, side, prompts, work))
+                found[name].append(await _round(engine, side, crowds, work))
         for name in transports:
             tell(f"{work.streams} clients: {name}")
-            found[name][0] |= await _crowd(engine, sides[name], prompts, work)
+            found[name][0] |= await _crowd(engine, sides[name], crowds, work)
     return found
 
 
-async def _round(engine: Engine, side: _Side, prompts: _Prompts, work: Work) -> dict[str, Any]:
+async def _round(engine: Engine, side: _Side, crowds: _Crowds, work: Work) -> dict[str, Any]:
     compiled_s = engine.stats().compile_s
-    crowd = await side.ask(prompts.make(work.requests, work.prompt_tokens), work.output_tokens)
-    alone_s = await side.alone(prompts.make(work.alone, work.prompt_tokens))
+    prompts, tokens = crowds.workload()
+    seconds, failed = await side.ask(prompts, tokens)
+    alone_s = await side.alone(crowds.make(work.alone, work.alone_tokens))
     ttft_ms = Spread.of([1e3 * each for each in alone_s])
     return {
-        "output_tokens_per_s": work.requests * work.output_tokens / crowd[0],
-        "failed": crowd[1],
+        "output_tokens_per_s": sum(tokens) / seconds,
+        "failed": failed,
         "ttft_ms": vars(ttft_ms),
         "compile_s": engine.stats().compile_s - compiled_s,
     }
 
 
-async def _crowd(engine: Engine, side: _Side, prompts: _Prompts, work: Work) -> dict[str, Any]:
+async def _crowd(engine: Engine, side: _Side, crowds: _Crowds, work: Work) -> dict[str, Any]:
     watched = _Watched()
     watching = [
         asyncio.create_task(_watch_loop(watched)),
         asyncio.create_task(_watch_memory(engine, watched)),
     ]
     try:
-        asked = prompts.make(work.streams, work.stream_tokens)
-        seconds, failed = await side.ask(asked, work.stream_tokens)
+        asked = crowds.make(work.streams, work.stream_tokens)
+        seconds, failed = await side.ask(asked, [work.stream_tokens] * work.streams)
     finally:
         for task in watching:
             task.cancel()
@@ -165,7 +182,7 @@ async def _crowd(engine: Engine, side: _Side, prompts: _Prompts, work: Work) -> 
 class _Side:
     """One way to ask."""
 
-    async def ask(self, prompts: list[list[int]], tokens: int) -> tuple[float, int]:
+    async def ask(self, prompts: list[list[int]], tokens: list[int]) -> tuple[float, int]:
         """All at once; seconds, and how many failed."""
         raise NotImplementedError
 
@@ -180,9 +197,9 @@ class _Direct(_Side):
     def __init__(self, engine: Engine):
         self._engine = engine
 
-    async def ask(self, prompts: list[list[int]], tokens: int) -> tuple[float, int]:
+    async def ask(self, prompts: list[list[int]], tokens: list[int]) -> tuple[float, int]:
         begin_s = time.monotonic()
-        await asyncio.to_thread(self._engine.generate, prompts, _params(tokens))
+        await asyncio.to_thread(self._engine.generate, prompts, list(map(_params, tokens)))
         return time.monotonic() - begin_s, 0
 
     async def alone(self, prompts: list[list[int]]) -> list[float]:
@@ -204,12 +221,13 @@ class _Served(_Side):
     def __init__(self, clients: ClientProcess):
         self._clients = clients
 
-    async def ask(self, prompts: list[list[int]], tokens: int) -> tuple[float, int]:
+    async def ask(self, prompts: list[list[int]], tokens: list[int]) -> tuple[float, int]:
         asked = await self._clients.ask(prompts, tokens, at_once=True)
         return asked.seconds, asked.failed
 
     async def alone(self, prompts: list[list[int]]) -> list[float]:
-        return (await self._clients.ask(prompts, _FEW_TOKENS, at_once=False)).ttft_s
+        few = [_FEW_TOKENS] * len(prompts)
+        return (await self._clients.ask(prompts, few, at_once=False)).ttft_s
 
 
 def _params(tokens: int) -> SamplingParams:

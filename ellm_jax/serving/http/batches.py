@@ -23,7 +23,9 @@ from ellm_jax.serving.tenants import Tenant
 PRIORITY = 10
 """Of a batch's requests: those of people who wait go first."""
 
-_LINES_AT_ONCE = 16  # of all batches together
+_SEATS_SHARE = 0.75
+"""What lines of all batches together take of the engine's seats, at most: whoever waits for an
+answer finds one free."""
 _RETRY_S = 1.0
 _DAY_S = 86400
 _OVER = ("completed", "failed", "cancelled")
@@ -48,7 +50,9 @@ class Batches:
         self._context, self._store = context, store
         self._completions, self._chat = completions, chat
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._turns = asyncio.Semaphore(_LINES_AT_ONCE)
+        self._turns = asyncio.Semaphore(
+            max(1, int(_SEATS_SHARE * context.service.model.max_num_seqs))
+        )
 
     async def start(self) -> None:
         """Goes on with what is not over."""
