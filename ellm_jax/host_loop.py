@@ -248,7 +248,7 @@ class HostLoop:
                     request.in_flight += 1
                     if request.computed + _PREMAPPED_TOKENS > taken(_slot(request)):
                         ahead.append(request)
-                    if request.to_host and request.first_token_s is None:
+                    if request.to_host and not request.parked:
                         assert self.tiering is not None
                         self.tiering.park(request)
             self.stats.peak_running = max(self.stats.peak_running, len(self.scheduler.running))

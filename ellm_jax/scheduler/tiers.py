@@ -163,8 +163,15 @@ class TierChoices:
             and head.first_token_s is None
             and 1e3 * (now - head.arrival_s) > head.ttft_ms
         )
-        kept = self._first_due()
-        return overdue, kept is not None and self._pace.due_s(kept) < now
+        # One that left for lack of memory before its first token is not late by TPOT.
+        kept = any(
+            request.tpot_ms is not None
+            and request.first_token_s is not None
+            and self._pace.due_s(request) < now
+            and self._demand.could_run(request)
+            for request in self._queues.offloaded
+        )
+        return overdue, kept
 
     # Pressure.
 

@@ -11,6 +11,11 @@ namespace {
 // Columns a thread takes at a time: enough to be worth handing out, few enough to balance, and a
 // multiple of what the kernels add up together.
 constexpr int64_t kColumns = 48;
+// The same where rows are many and there are at least some of these units for each thread: rows
+// pass through the level-1 cache once for each unit.
+constexpr int64_t kManyRows = 8;
+constexpr int64_t kManyRowsColumns = 96;
+constexpr int64_t kUnitsPerThread = 4;
 // Multiplications, and elements to widen, below which handing out costs more than it saves.
 constexpr int64_t kSerialWork = 32 * 1024;
 constexpr int64_t kSerialWiden = 64 * 1024;
@@ -54,8 +59,10 @@ void linear(const Kernels& kernels, const void* x, ElementType x_type, const voi
     kernels.linear(args, 0, n);
     return;
   }
-  parallel_ranges(parallel, threads, (n + kColumns - 1) / kColumns, [&](int64_t unit) {
-    kernels.linear(args, unit * kColumns, std::min(n, (unit + 1) * kColumns));
+  const bool wide = rows > kManyRows && n >= kUnitsPerThread * threads * kManyRowsColumns;
+  const int64_t columns = wide ? kManyRowsColumns : kColumns;
+  parallel_ranges(parallel, threads, (n + columns - 1) / columns, [&](int64_t unit) {
+    kernels.linear(args, unit * columns, std::min(n, (unit + 1) * columns));
   });
 }
 

@@ -18,8 +18,9 @@ constexpr int columns_for(int64_t mr) { return mr <= 2 ? 1 : 2; }
 constexpr int64_t kInputBytes = 32 * 1024;
 
 // Bytes of w that are fetched into the level-2 cache and stay there while all panels of x pass
-// them.
+// them. Each of many panels is loaded once for a block, so there blocks are larger.
 constexpr int64_t kWeightBlockBytes = 32 * 1024;
+constexpr int64_t kManyPanelsBlockBytes = 512 * 1024;
 
 // How x and w are read along k: kWidth elements at a time, as float32 or as pairs of bfloat16.
 template <class X, class W>
@@ -135,7 +136,8 @@ static inline void linear_panel(const LinearArgs& a, int64_t mr, int64_t m, int6
 template <class X, class W>
 static void linear_typed(const LinearArgs& a, int64_t n_begin, int64_t n_end) {
   const int64_t row_bytes = a.k * static_cast<int64_t>(sizeof(W));
-  const int64_t step = max_of(kLanes, kWeightBlockBytes / row_bytes / kLanes * kLanes);
+  const int64_t block_bytes = a.rows > kMaxRows ? kManyPanelsBlockBytes : kWeightBlockBytes;
+  const int64_t step = max_of(kLanes, block_bytes / row_bytes / kLanes * kLanes);
   for (int64_t n = n_begin; n < n_end; n += step) {
     const int64_t stop = min_of(n + step, n_end);
     if (columns_for(a.rows) > 1) {
