@@ -1,7 +1,9 @@
 """Sizing a machine: forecasts by hand, against each other, and through the command."""
 
 import dataclasses
+import itertools
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,26 @@ def test_the_host_tier_brings_first_tokens_forward():
     assert beyond.offloads > 0
     assert beyond.host_peak_bytes > 0
     assert beyond.ttft_ms.mean < 0.8 * within.ttft_ms.mean
+
+
+@pytest.mark.parametrize(("rate_per_s", "seed"), [(1.3, 7), (1.65, 1), (2.0, 5), (2.5, 4)])
+def test_more_load_than_memory_holds_keeps_its_targets(rate_per_s, seed):
+    """A crowd whose answers outgrow the device, with host memory for all and targets that leave
+    them time to rest: nobody keeps the others from using it."""
+    layout = KvLayout.choose(12, 4, 64, 2, 4096, 64)
+    machine = WorldConfig(
+        layout=layout,
+        device_bytes=400 << 20,
+        weights_bytes=238 << 20,
+        need=NeedModel(2 << 20, 22 << 10, 0),
+        cost=CostModel(5.6e-3, 1.7e-4, 2e-7, 8e-7, 1.6e9),
+        host_bytes=1 << 30,
+    )
+    rng = random.Random(seed)
+    arrivals = itertools.accumulate(rng.expovariate(rate_per_s) for _ in range(75))
+    trace = [TraceRequest(at, rng.randint(512, 1024), 512, id=str(at)) for at in arrivals]
+    found = forecast(machine, trace, Targets(ttft_ms=7560, tpot_ms=214), seed=seed)
+    assert found.attainment > 0.98
 
 
 def test_what_cannot_run_is_said_and_not_simulated():
