@@ -21,6 +21,7 @@ from ellm_jax.serving.observer import NullObserver
 from ellm_jax.serving.service import Service
 from ellm_jax.serving.settings import ServeConfig, is_loopback, read_keys, split_address
 from ellm_jax.serving.tenants import Keys, Tenant, bearer_token
+from ellm_jax.serving.texts import TEXTS_MAX
 
 ALICE, BOB = Tenant("alice"), Tenant("bob")
 KEY = "0123456789abcdef"
@@ -225,7 +226,7 @@ def test_surrogates_are_refused(engine):
     async def test(service, notes):
         for work in (
             service.complete(Call("a\ud800", SamplingParams(), ALICE)),
-            service.tokenize("a\ud800", ALICE),
+            service.texts.tokenize("a\ud800", ALICE),
         ):
             with pytest.raises(ServiceError) as caught:
                 await work
@@ -244,19 +245,21 @@ def test_texts_of_a_tenant_have_a_bound_and_do_not_hold_up_prompts(engine, monke
         return encode(text, special)
 
     async def test(service, notes):
-        tasks = [asyncio.create_task(service.tokenize("slow", ALICE)) for _ in range(32)]
+        tasks = [
+            asyncio.create_task(service.texts.tokenize("slow", ALICE)) for _ in range(TEXTS_MAX)
+        ]
         await asyncio.sleep(0)
         with pytest.raises(ServiceError, match="try again later") as caught:
-            await service.tokenize("slow", ALICE)
+            await service.texts.tokenize("slow", ALICE)
         assert caught.value.kind is ErrorKind.OVERLOADED
         assert caught.value.retry_after_s == 1.0
-        of_bob = asyncio.create_task(service.tokenize("slow", BOB))
+        of_bob = asyncio.create_task(service.texts.tokenize("slow", BOB))
         long = Call("word " * 420, SamplingParams(max_tokens=2), ALICE)
         assert (await service.complete(long)).outputs
         assert not of_bob.done()
         free.set()
-        assert await asyncio.gather(*tasks, of_bob) == [encode("slow")] * 33
-        assert await service.tokenize("slow", ALICE) == encode("slow")
+        assert await asyncio.gather(*tasks, of_bob) == [encode("slow")] * (TEXTS_MAX + 1)
+        assert await service.texts.tokenize("slow", ALICE) == encode("slow")
 
     monkeypatch.setattr(engine.tokenizer, "encode", slow)
     serving(engine, test)

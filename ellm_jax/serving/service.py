@@ -28,9 +28,9 @@ from ellm_jax.serving.observer import NullObserver, Observer, tell_refused
 from ellm_jax.serving.settings import ServeConfig
 from ellm_jax.serving.stream import RequestStream
 from ellm_jax.serving.tenants import Tenant
+from ellm_jax.serving.texts import Texts
 from ellm_jax.serving.workers import Workers
 from ellm_jax.structured.matcher import GrammarsBusy
-from ellm_jax.tokenizer import Tokenizer
 
 _INLINE = 2048
 """Prompts of up to so many characters or tokens are checked on the event loop, which takes less
@@ -43,9 +43,6 @@ _RETRY_ELSEWHERE_S = 5.0
 _RETRY_GRAMMAR_S = 5.0
 _LAST_NEWS_S = 2.0
 
-_TEXTS_MAX = 32
-"""Most texts of a tenant that are tokenized, or read from tokens, at a time."""
-
 
 class Service:
     """Serves one engine. Belongs to one event loop.
@@ -55,6 +52,7 @@ class Service:
         config: the server's bounds.
         observer: is told of every call.
         model: what is served.
+        texts: its tokenizer.
     """
 
     def __init__(
@@ -79,8 +77,7 @@ class Service:
         self._failed = False
         self._on_failure: list[Callable[[], None]] = []
         self._prompts = Workers("ellm-intake", 2, self.config.max_queue + seats)
-        # Apart from the prompts: whoever only counts tokens is not to hold up answers.
-        self._texts = Workers("ellm-texts", 2, _TEXTS_MAX)
+        self.texts = Texts(engine, self.config.max_body_bytes)
         self._limits = ThreadPoolExecutor(1, thread_name_prefix="ellm-limits")
         self._loop = asyncio.get_running_loop()
         self._watch = self._loop.create_task(self._watch_engine())
@@ -276,58 +273,6 @@ class Service:
 
     # The engine.
 
-    async def tokenize(
-        self, text: str, tenant: Tenant, *, add_special_tokens: bool = True
-    ) -> list[int]:
-        """Token ids of a text.
-
-        Raises:
-            ServiceError: INVALID: it is no text, or the model has no tokenizer; TOO_LARGE;
-                OVERLOADED: the tenant has many there already.
-        """
-        tokenizer = self._tokenizer()
-        self._check_length("text", len(text), self.config.max_body_bytes, "characters")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ServiceError(
-                ErrorKind.INVALID, "text has half of a surrogate pair; take it out", param="text"
-            ) from error
-        return await self._texts.run(tenant, lambda: tokenizer.encode(text, add_special_tokens))
-
-    async def detokenize(
-        self, ids: Sequence[int], tenant: Tenant, *, skip_special_tokens: bool = True
-    ) -> str:
-        """The text of token ids.
-
-        Raises:
-            ServiceError: INVALID: an id outside the vocabulary, or the model has no tokenizer;
-                TOO_LARGE; OVERLOADED: the tenant has many there already.
-        """
-        tokenizer = self._tokenizer()
-        self._check_length("token_ids", len(ids), self.engine.max_model_len, "tokens")
-        vocab = self.model.vocab_size
-        bad = next((token for token in ids if not 0 <= token < vocab), None)
-        if bad is not None:
-            raise ServiceError(
-                ErrorKind.INVALID,
-                f"token_ids has {bad}, outside the vocabulary of {vocab} tokens",
-                param="token_ids",
-            )
-        return await self._texts.run(tenant, lambda: tokenizer.decode(ids, skip_special_tokens))
-
-    def _tokenizer(self) -> Tokenizer:
-        if self.engine.tokenizer is None:
-            raise ServiceError(
-                ErrorKind.INVALID, "the model has no tokenizer; give and take token ids"
-            )
-        return self.engine.tokenizer
-
-    def _check_length(self, param: str, count: int, most: int, what: str) -> None:
-        if count > most:
-            message = f"{param} has {count} {what}, and this server takes {most}; give fewer"
-            raise ServiceError(ErrorKind.TOO_LARGE, message, param=param)
-
     def model_info(self) -> ModelInfo:
         """What is served."""
         return self.model
@@ -448,7 +393,7 @@ class Service:
         with contextlib.suppress(asyncio.CancelledError):
             await self._watch
         self._prompts.close()
-        self._texts.close()
+        self.texts.close()
         self._limits.shutdown(wait=False, cancel_futures=True)
 
     async def _watch_engine(self) -> None:

@@ -11,10 +11,10 @@ import grpc
 from grpc_health.v1 import health, health_pb2
 
 from ellm_jax.serving.errors import ErrorKind, ServiceError
-from ellm_jax.serving.grpc.keys import CHECK
+from ellm_jax.serving.grpc.keys import CHECK, tenant_of
 from ellm_jax.serving.grpc.status import abort
 from ellm_jax.serving.observer import Observer, tell_refused
-from ellm_jax.serving.tenants import ANONYMOUS, Tenant
+from ellm_jax.serving.tenants import Keys
 
 WATCH = "/grpc.health.v1.Health/Watch"
 WATCHES_MAX = 32
@@ -29,12 +29,16 @@ _CHECK_S = 5.0
 class Places(grpc.aio.ServerInterceptor):
     """Refuses calls above a bound, and answers checks of health, which need no place."""
 
-    def __init__(self, most: int, observer: Observer, health_servicer: health.aio.HealthServicer):
-        """Takes the most calls at a time, who is told of refusals, and what knows the health."""
+    def __init__(
+        self, most: int, keys: Keys, observer: Observer, servicer: health.aio.HealthServicer
+    ):
+        """Takes the most calls at a time, who makes them, who is told of refusals, and what knows
+        the health."""
+        self._keys = keys
         self._left = {"calls": most, "watches of health": WATCHES_MAX}
         self._most = dict(self._left)
         self._observer = observer
-        self._check = _patient_check(health_servicer)
+        self._check = _patient_check(servicer)
 
     async def intercept_service(
         self,
@@ -56,7 +60,9 @@ class Places(grpc.aio.ServerInterceptor):
         async def placed(request: Any, context: grpc.aio.ServicerContext) -> Any:
             if self._left[kind] <= 0:
                 error = self._full(kind)
-                tell_refused(self._observer, error, Tenant(ANONYMOUS))
+                tell_refused(
+                    self._observer, error, tenant_of(self._keys, context.invocation_metadata())
+                )
                 await abort(context, error)
             self._left[kind] -= 1
             try:

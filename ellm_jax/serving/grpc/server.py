@@ -39,7 +39,7 @@ class GrpcServer:
         self._server = grpc.aio.server(
             interceptors=[
                 KeyGuard(keys, service.observer),
-                Places(config.max_connections, service.observer, self._health),
+                Places(config.max_connections, keys, service.observer, self._health),
                 ReadingGuard(SERVICE),
             ],
             options=_options(config),

@@ -124,7 +124,7 @@ class EngineServicer(ellm_pb2_grpc.EngineServiceServicer):
     ) -> pb.TokenizeResponse:
         """Token ids of a text."""
         special = not request.HasField("add_special_tokens") or request.add_special_tokens
-        ids = await self._service.tokenize(
+        ids = await self._service.texts.tokenize(
             request.text, self._tenant(context), add_special_tokens=special
         )
         return pb.TokenizeResponse(token_ids=ids)
@@ -137,7 +137,7 @@ class EngineServicer(ellm_pb2_grpc.EngineServiceServicer):
         skip = not request.HasField("skip_special_tokens") or request.skip_special_tokens
         ids = list(request.token_ids)
         return pb.DetokenizeResponse(
-            text=await self._service.detokenize(
+            text=await self._service.texts.detokenize(
                 ids, self._tenant(context), skip_special_tokens=skip
             )
         )

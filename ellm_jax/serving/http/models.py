@@ -49,7 +49,7 @@ class Models:
         """Token ids of a text."""
         asked = await read_json(request, _TOKENIZE, self._context.config.max_body_bytes)
         self._context.check_model(asked.model)
-        ids = await self._context.service.tokenize(
+        ids = await self._context.service.texts.tokenize(
             asked.prompt, tenant_of(request), add_special_tokens=asked.add_special_tokens
         )
         return reply(replies.Tokens(list(ids), len(ids), self._model.max_model_len))
@@ -58,7 +58,7 @@ class Models:
         """The text of token ids."""
         asked = await read_json(request, _DETOKENIZE, self._context.config.max_body_bytes)
         self._context.check_model(asked.model)
-        text = await self._context.service.detokenize(
+        text = await self._context.service.texts.detokenize(
             asked.tokens, tenant_of(request), skip_special_tokens=asked.skip_special_tokens
         )
         return reply(replies.Text(text))
