@@ -13,6 +13,7 @@ from ellm_jax import Engine, EngineConfig
 from ellm_jax.protocol.v1 import ellm_pb2 as pb
 from ellm_jax.protocol.v1 import ellm_pb2_grpc
 from ellm_jax.serving.grpc.server import GrpcServer
+from ellm_jax.serving.observer import Observer
 from ellm_jax.serving.run import Listening, serve
 from ellm_jax.serving.service import Service
 from ellm_jax.serving.settings import ServeConfig
@@ -102,7 +103,8 @@ class RunningGrpc:
         address: where it is.
     """
 
-    def __init__(self, engine: Engine, **config: Any):
+    def __init__(self, engine: Engine, observer: Observer | None = None, **config: Any):
+        self._observer = observer
         self._config = ServeConfig(**{"model_name": "small", "admin_key": ADMIN_KEY, **config})
         self._engine = engine
         self._thread = OnThread(self._serve)
@@ -111,7 +113,7 @@ class RunningGrpc:
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        self.service = Service(self._engine, self._config)
+        self.service = Service(self._engine, self._config, self._observer)
         server = GrpcServer(self.service, Keys(self._config), self._config)
         try:
             self.address = f"127.0.0.1:{await server.start('127.0.0.1:0')}"

@@ -129,7 +129,9 @@ async def _called(function: Any) -> Any:
 
 def request_bytes(method: str, path: str, body: bytes = b"", **headers: str) -> bytes:
     """A request as it goes over the wire."""
-    lines = [f"{method} {path} HTTP/1.1", "host: test", f"content-length: {len(body)}"]
+    lines = [f"{method} {path} HTTP/1.1", "host: localhost", f"content-length: {len(body)}"]
+    if body:
+        headers.setdefault("content_type", "application/json")
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 

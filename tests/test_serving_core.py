@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import random
+import threading
 from collections import Counter
 
 import pytest
@@ -11,7 +12,7 @@ from grpc_server import WAIT_S, checked_engine, held_bytes, wait_idle
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ellm_jax import SamplingParams
+from ellm_jax import SamplingParams, StructuredOutput
 from ellm_jax.outputs import RequestOutput
 from ellm_jax.serving.call import Call
 from ellm_jax.serving.errors import ErrorKind, ServiceError
@@ -20,6 +21,7 @@ from ellm_jax.serving.observer import NullObserver
 from ellm_jax.serving.service import Service
 from ellm_jax.serving.settings import ServeConfig, is_loopback, read_keys, split_address
 from ellm_jax.serving.tenants import Keys, Tenant, bearer_token
+from ellm_jax.serving.texts import TEXTS_MAX
 
 ALICE, BOB = Tenant("alice"), Tenant("bob")
 KEY = "0123456789abcdef"
@@ -224,13 +226,70 @@ def test_surrogates_are_refused(engine):
     async def test(service, notes):
         for work in (
             service.complete(Call("a\ud800", SamplingParams(), ALICE)),
-            service.tokenize("a\ud800"),
+            service.texts.tokenize("a\ud800", ALICE),
         ):
             with pytest.raises(ServiceError) as caught:
                 await work
             assert caught.value.kind is ErrorKind.INVALID
 
     serving(engine, test)
+
+
+def test_texts_of_a_tenant_have_a_bound_and_do_not_hold_up_prompts(engine, monkeypatch):
+    free = threading.Event()
+    encode = engine.tokenizer.encode
+
+    def slow(text, special=True):
+        if text == "slow":
+            free.wait(WAIT_S)
+        return encode(text, special)
+
+    async def test(service, notes):
+        tasks = [
+            asyncio.create_task(service.texts.tokenize("slow", ALICE)) for _ in range(TEXTS_MAX)
+        ]
+        await asyncio.sleep(0)
+        with pytest.raises(ServiceError, match="try again later") as caught:
+            await service.texts.tokenize("slow", ALICE)
+        assert caught.value.kind is ErrorKind.OVERLOADED
+        assert caught.value.retry_after_s == 1.0
+        of_bob = asyncio.create_task(service.texts.tokenize("slow", BOB))
+        long = Call("word " * 420, SamplingParams(max_tokens=2), ALICE)
+        assert (await service.complete(long)).outputs
+        assert not of_bob.done()
+        free.set()
+        assert await asyncio.gather(*tasks, of_bob) == [encode("slow")] * (TEXTS_MAX + 1)
+        assert await service.texts.tokenize("slow", ALICE) == encode("slow")
+
+    monkeypatch.setattr(engine.tokenizer, "encode", slow)
+    serving(engine, test)
+
+
+def test_grammars_that_wait_too_long_are_no_fault_of_the_call(engine, monkeypatch):
+    pytest.importorskip("llguidance")
+    form = SamplingParams(max_tokens=4, structured=StructuredOutput(regex="[ab]{3}"))
+
+    async def test(service, notes):
+        free = threading.Event()
+        grammars = engine._grammars
+        monkeypatch.setattr(grammars, "_compile_s_max", 0.05)
+        monkeypatch.setattr(grammars, "_compile", lambda wanted: free.wait(WAIT_S))
+        with pytest.raises(ServiceError, match="not compiled within") as late:
+            await service.open(Call([5, 6], form, ALICE))
+        monkeypatch.setattr(grammars, "_waiting", 256)
+        with pytest.raises(ServiceError, match="wait to be compiled") as many:
+            await service.open(Call([5, 6], form, ALICE))
+        for caught in (late, many):
+            assert caught.value.kind is ErrorKind.OVERLOADED
+            assert caught.value.param == "structured"
+            assert caught.value.retry_after_s >= 1
+        monkeypatch.undo()
+        free.set()
+        await until(lambda: grammars._waiting == 0)
+        assert (await service.complete(Call([5, 6], form, ALICE))).outputs
+
+    notes = serving(engine, test)
+    assert [each[1] for each in notes.said[:2]] == [ErrorKind.OVERLOADED] * 2
 
 
 # The queue.

@@ -350,7 +350,7 @@ def test_a_deadline_gives_memory_back(server, stub, engine):
     before = held_bytes(engine)
     error, _ = failure(lambda: list(stub.GenerateStream(endless(), timeout=0.3)))
     assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-    error, _ = failure(lambda: stub.Generate(endless(), timeout=0.3))
+    error, _ = failure(lambda: stub.Generate(endless(n=8, logprobs=20), timeout=0.3))
     assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     wait_until(lambda: server.call(lambda: server.service.stats().open_streams) == 0)
     assert held_bytes(engine) == before

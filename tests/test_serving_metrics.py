@@ -218,6 +218,23 @@ def test_targets_of_a_call_go_before_those_of_the_engine():
 
 
 @pytest.mark.parametrize("kind", list(ErrorKind))
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_call_that_gets_nothing_misses_its_targets(kind, begun):
+    metrics = Metrics(QuietEngine(), clock=Clock())
+    each = call(ttft_ms=100.0, tpot_ms=10.0)
+    for some in (each, call()):
+        metrics.on_admitted(some, 2)
+        if begun:
+            metrics.on_first_token(some, output().metrics)
+        metrics.on_finished(some, ServiceError(kind, "so it is"))
+    found = values(metrics.render())
+    ours = kind in (ErrorKind.DEADLINE, ErrorKind.OVERLOADED, ErrorKind.INTERNAL)
+    for target in ("ttft", "tpot"):
+        missed = found["ellm_slo_requests_total", target, "false"]
+        assert missed == (1 if ours and not begun else 0)
+
+
+@pytest.mark.parametrize("kind", list(ErrorKind))
 def test_every_error_ends_a_call_once(kind):
     metrics = Metrics(QuietEngine())
     each = call()

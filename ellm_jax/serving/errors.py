@@ -37,6 +37,7 @@ class ServiceError(Exception):
         message: for people: what was asked, what there is, one remedy.
         param: the field at fault, as in `SamplingParams` or "prompt"; None where there is none.
         retry_after_s: seconds after which trying again makes sense; None where it does not.
+        told: whether the observer knows of it already.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class ServiceError(Exception):
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        self.told = False
 
 
 def refused(error: Exception, default_param: str | None = None) -> ServiceError:

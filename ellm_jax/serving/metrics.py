@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ _TTFT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60)
 _TPOT_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
 _E2E_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
 _TARGETS = ("ttft", "tpot")
+_MISSED = (ErrorKind.DEADLINE, ErrorKind.OVERLOADED, ErrorKind.INTERNAL)
+"""A call that got nothing before it ended so has missed its targets."""
 _TENANT_TOKENS = ("prompt", "cached_prompt", "output")
 
 
@@ -174,6 +177,9 @@ class Metrics:
         if isinstance(outcome, RequestOutput):
             tokens["output"] = sum(len(each.token_ids) for each in outcome.outputs)
             tokens["cached_prompt"] = outcome.metrics.cached_tokens
+        if isinstance(outcome, ServiceError) and outcome.kind in _MISSED and entry.ttft_s is None:
+            self._judge("ttft", call.ttft_ms, math.inf)
+            self._judge("tpot", call.tpot_ms, math.inf)
         for kind in _TENANT_TOKENS:
             self._tenant_tokens.labels(call.tenant.name, kind).inc(tokens.get(kind, 0))
         if name not in ("stop", "length") or not isinstance(outcome, RequestOutput):

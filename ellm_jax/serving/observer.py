@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from ellm_jax.outputs import RequestMetrics, RequestOutput
-from ellm_jax.serving.errors import ServiceError
+from ellm_jax.serving.errors import ErrorKind, ServiceError
 from ellm_jax.serving.tenants import Tenant
 
 if TYPE_CHECKING:
@@ -44,3 +44,14 @@ class NullObserver:
 
     def on_finished(self, call: Call, outcome: RequestOutput | ServiceError) -> None:
         """Nothing."""
+
+
+_NO_REFUSALS = (ErrorKind.INTERNAL, ErrorKind.CANCELLED)
+
+
+def tell_refused(observer: Observer, error: ServiceError, tenant: Tenant) -> None:
+    """Tells of a refusal, once: an error passes several places that could. What is the server's
+    fault, and clients that left, are no refusals."""
+    if not error.told and error.kind not in _NO_REFUSALS:
+        error.told = True
+        observer.on_refused(error, tenant)

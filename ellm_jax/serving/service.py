@@ -14,7 +14,7 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 from ellm_jax.engine import Engine, EngineClosed
 from ellm_jax.intake import Group, RequestOptions
@@ -24,13 +24,13 @@ from ellm_jax.serving.admission import Admission
 from ellm_jax.serving.call import Call, check_call
 from ellm_jax.serving.errors import ErrorKind, ServiceError, refused
 from ellm_jax.serving.info import ModelInfo, ServiceStats
-from ellm_jax.serving.observer import NullObserver, Observer
+from ellm_jax.serving.observer import NullObserver, Observer, tell_refused
 from ellm_jax.serving.settings import ServeConfig
 from ellm_jax.serving.stream import RequestStream
 from ellm_jax.serving.tenants import Tenant
-from ellm_jax.tokenizer import Tokenizer
-
-_T = TypeVar("_T")
+from ellm_jax.serving.texts import Texts
+from ellm_jax.serving.workers import Workers
+from ellm_jax.structured.matcher import GrammarsBusy
 
 _INLINE = 2048
 """Prompts of up to so many characters or tokens are checked on the event loop, which takes less
@@ -40,6 +40,7 @@ _WATCH_S = 0.25
 """How often the engine's thread is looked after."""
 
 _RETRY_ELSEWHERE_S = 5.0
+_RETRY_GRAMMAR_S = 5.0
 _LAST_NEWS_S = 2.0
 
 
@@ -51,6 +52,7 @@ class Service:
         config: the server's bounds.
         observer: is told of every call.
         model: what is served.
+        texts: its tokenizer.
     """
 
     def __init__(
@@ -64,7 +66,8 @@ class Service:
         self._max_prompt_tokens = min(
             self.config.max_prompt_tokens or engine.max_model_len, engine.max_model_len
         )
-        self._admission = Admission(2 * engine.config.max_num_seqs, self.config.max_queue)
+        seats = 2 * engine.config.max_num_seqs
+        self._admission = Admission(seats, self.config.max_queue)
         self._streams: dict[RequestStream, asyncio.TimerHandle | None] = {}
         self._seated: dict[Group, RequestStream] = {}
         self._names: set[str] = set()
@@ -73,7 +76,8 @@ class Service:
         self._draining = False
         self._failed = False
         self._on_failure: list[Callable[[], None]] = []
-        self._workers = ThreadPoolExecutor(2, thread_name_prefix="ellm-intake")
+        self._prompts = Workers("ellm-intake", 2, self.config.max_queue + seats)
+        self.texts = Texts(engine, self.config.max_body_bytes)
         self._limits = ThreadPoolExecutor(1, thread_name_prefix="ellm-limits")
         self._loop = asyncio.get_running_loop()
         self._watch = self._loop.create_task(self._watch_engine())
@@ -92,21 +96,33 @@ class Service:
             # Here already, so that logs and traces have one name for it from the start.
             call = dataclasses.replace(call, request_id=uuid.uuid4().hex)
         try:
-            self._check_open()
-            check_call(call, self.config, self._max_prompt_tokens)
-            # Before the prompt is tokenized: when the queue is full, work is what there is not.
-            self._admission.check(call)
+            self.check(call)
             if len(call.prompt) <= _INLINE:
                 group = self._prepare(call)
             else:
-                group = await self._on(self._workers, lambda: self._prepare(call))
+                group = await self._prompts.run(call.tenant, lambda: self._prepare(call))
                 self._check_open()
             if group.grammar is not None:
                 await _compiled(group.grammar)
                 self._check_open()
             return self._admit(RequestStream(call, group, self._closed, partial), begin_s)
         except ServiceError as error:
-            self.observer.on_refused(error, call.tenant)
+            tell_refused(self.observer, error, call.tenant)
+            raise
+
+    def check(self, call: Call) -> None:
+        """Refuses what `open` would refuse without looking into the prompt. For who has to work for
+        the prompt first: when the server is full or ends, work is what there is not.
+
+        Raises:
+            ServiceError: INVALID, TOO_LARGE, OVERLOADED, UNAVAILABLE or DEADLINE.
+        """
+        try:
+            self._check_open()
+            check_call(call, self.config, self._max_prompt_tokens)
+            self._admission.check(call)
+        except ServiceError as error:
+            tell_refused(self.observer, error, call.tenant)
             raise
 
     async def stream(self, call: Call) -> AsyncIterator[RequestOutput]:
@@ -140,6 +156,8 @@ class Service:
             group = self.engine.prepare(
                 call.prompt, call.params, request_id=call.request_id, options=options
             )
+        except GrammarsBusy as error:
+            raise _busy(error) from error
         except (ValueError, TypeError) as error:
             raise refused(error, "prompt") from error
         tokens = len(group.requests[0].prompt_ids)
@@ -232,6 +250,7 @@ class Service:
 
     def _fail(self, stream: RequestStream, error: ServiceError) -> None:
         """Ends a stream with an error; its memory is given back at once."""
+        error.told = True
         stream.fail(error)
         self._report(stream, error)
         self._stop(stream)
@@ -253,53 +272,6 @@ class Service:
             )
 
     # The engine.
-
-    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text.
-
-        Raises:
-            ServiceError: INVALID: it is no text, or the model has no tokenizer; TOO_LARGE.
-        """
-        tokenizer = self._tokenizer()
-        self._check_length("text", len(text), self.config.max_body_bytes, "characters")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ServiceError(
-                ErrorKind.INVALID, "text has half of a surrogate pair; take it out", param="text"
-            ) from error
-        return await self._on(self._workers, lambda: tokenizer.encode(text, add_special_tokens))
-
-    async def detokenize(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of token ids.
-
-        Raises:
-            ServiceError: INVALID: an id outside the vocabulary, or the model has no tokenizer;
-                TOO_LARGE.
-        """
-        tokenizer = self._tokenizer()
-        self._check_length("token_ids", len(ids), self.engine.max_model_len, "tokens")
-        vocab = self.model.vocab_size
-        bad = next((token for token in ids if not 0 <= token < vocab), None)
-        if bad is not None:
-            raise ServiceError(
-                ErrorKind.INVALID,
-                f"token_ids has {bad}, outside the vocabulary of {vocab} tokens",
-                param="token_ids",
-            )
-        return await self._on(self._workers, lambda: tokenizer.decode(ids, skip_special_tokens))
-
-    def _tokenizer(self) -> Tokenizer:
-        if self.engine.tokenizer is None:
-            raise ServiceError(
-                ErrorKind.INVALID, "the model has no tokenizer; give and take token ids"
-            )
-        return self.engine.tokenizer
-
-    def _check_length(self, param: str, count: int, most: int, what: str) -> None:
-        if count > most:
-            message = f"{param} has {count} {what}, and this server takes {most}; give fewer"
-            raise ServiceError(ErrorKind.TOO_LARGE, message, param=param)
 
     def model_info(self) -> ModelInfo:
         """What is served."""
@@ -364,7 +336,7 @@ class Service:
         if self._failed:
             raise self._engine_failed(ErrorKind.UNAVAILABLE)
         try:
-            await self._on(self._limits, change)
+            await self._loop.run_in_executor(self._limits, change)
         except EngineClosed as error:
             raise ServiceError(ErrorKind.UNAVAILABLE, str(error)) from error
         except (ValueError, TypeError) as error:
@@ -420,7 +392,8 @@ class Service:
         self._watch.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._watch
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        self._prompts.close()
+        self.texts.close()
         self._limits.shutdown(wait=False, cancel_futures=True)
 
     async def _watch_engine(self) -> None:
@@ -446,9 +419,6 @@ class Service:
         if self._draining:
             raise stopped()
 
-    async def _on(self, pool: ThreadPoolExecutor, function: Callable[[], _T]) -> _T:
-        return await self._loop.run_in_executor(pool, function)
-
 
 def stopped() -> ServiceError:
     """What calls are told when the server ends."""
@@ -463,10 +433,18 @@ async def _compiled(grammar: Future[Any]) -> None:
     """Waits until what an output has to be is compiled.
 
     Raises:
-        ServiceError: INVALID: it cannot be.
+        ServiceError: INVALID: it cannot be; OVERLOADED: not in time.
     """
     try:
         # Shielded: others may wait for the same one; a client that leaves is not to cancel it.
         await asyncio.shield(asyncio.wrap_future(grammar))
+    except GrammarsBusy as error:
+        raise _busy(error) from error
     except ValueError as error:
         raise ServiceError(ErrorKind.INVALID, str(error), param="structured") from error
+
+
+def _busy(error: GrammarsBusy) -> ServiceError:
+    return ServiceError(
+        ErrorKind.OVERLOADED, str(error), param="structured", retry_after_s=_RETRY_GRAMMAR_S
+    )

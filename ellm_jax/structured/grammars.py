@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ellm_jax.structured.matcher import (
     GrammarError,
+    GrammarsBusy,
     MaskWords,
     Matcher,
     Vocabulary,
@@ -115,10 +116,12 @@ class Grammars:
 
     def get(self, wanted: StructuredOutput) -> Future[Grammar]:
         """The compiled grammar, now or soon; the future holds `GrammarError` where it cannot be
-        compiled, or not in time. Nobody can cancel it: others may wait for the same.
+        compiled, `GrammarsBusy` where it was not in time. Nobody can cancel it: others may wait for
+        the same.
 
         Raises:
-            GrammarError: llguidance is not installed, or too many grammars wait to be compiled.
+            GrammarsBusy: too many grammars wait to be compiled.
+            GrammarError: llguidance is not installed.
         """
         if importlib.util.find_spec("llguidance") is None:
             raise GrammarError(
@@ -131,7 +134,7 @@ class Grammars:
                 self._kept.move_to_end(wanted)
                 return known
             if self._waiting >= _WAITING_MAX:
-                raise GrammarError(
+                raise GrammarsBusy(
                     f"{self._waiting} grammars wait to be compiled; try again in a moment"
                 )
             self._waiting += 1
@@ -164,9 +167,9 @@ class Grammars:
                 self._kept.pop(job.wanted, None)
         self._end(
             job,
-            GrammarError(
+            GrammarsBusy(
                 f"{job.wanted.kind} was not compiled within {self._compile_s_max:g} s; make it "
-                "simpler"
+                "simpler, or try again when there is less to do"
             ),
         )
 

@@ -21,6 +21,10 @@ class GrammarError(ValueError):
     """A grammar that cannot be compiled, or that no token can go on from; says why."""
 
 
+class GrammarsBusy(GrammarError):
+    """A grammar that was not compiled because there was too much to do; another time it may be."""
+
+
 def mask_words(vocab_size: int) -> int:
     """Words of a mask of so many tokens."""
     return -(-vocab_size // _WORD_BITS)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
 
 import grpc
 
 from ellm_jax.serving.errors import ServiceError
-from ellm_jax.serving.grpc.status import abort
-from ellm_jax.serving.tenants import Keys, Tenant, bearer_token
+from ellm_jax.serving.grpc.status import refusal
+from ellm_jax.serving.observer import Observer, tell_refused
+from ellm_jax.serving.tenants import ANONYMOUS, Keys, Tenant, bearer_token
 
-_OPEN_TO_ALL = "/grpc.health.v1.Health/"
+CHECK = "/grpc.health.v1.Health/Check"
+"""The one method that needs no key. Not its sibling Watch, which has no end."""
 
 
 def tenant_of(keys: Keys, metadata: Iterable[tuple[str, str | bytes]] | None) -> Tenant:
@@ -26,11 +27,12 @@ def tenant_of(keys: Keys, metadata: Iterable[tuple[str, str | bytes]] | None) ->
 
 
 class KeyGuard(grpc.aio.ServerInterceptor):
-    """Lets nobody without a key to any method, known or not, but those of health checks."""
+    """Lets nobody without a key to any method, known or not, but `CHECK`."""
 
-    def __init__(self, keys: Keys):
-        """Takes the keys."""
+    def __init__(self, keys: Keys, observer: Observer):
+        """Takes the keys, and who is told of refusals."""
         self._keys = keys
+        self._observer = observer
 
     async def intercept_service(
         self,
@@ -38,17 +40,10 @@ class KeyGuard(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
         """The method's handler, or one that refuses."""
-        if not handler_call_details.method.startswith(_OPEN_TO_ALL):
+        if handler_call_details.method != CHECK:
             try:
                 tenant_of(self._keys, handler_call_details.invocation_metadata)
             except ServiceError as error:
-                return _refusal(error)
+                tell_refused(self._observer, error, Tenant(ANONYMOUS))
+                return refusal(error)
         return await continuation(handler_call_details)
-
-
-def _refusal(error: ServiceError) -> grpc.RpcMethodHandler:
-    async def refuse(_: Any, context: grpc.aio.ServicerContext) -> None:
-        await abort(context, error)
-
-    # Of streams, so that it answers without waiting for a request, whatever the method's kind.
-    return grpc.stream_stream_rpc_method_handler(refuse)

@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection
 from ellm_jax.protocol.v1 import ellm_pb2, ellm_pb2_grpc
 from ellm_jax.serving.grpc.keys import KeyGuard
 from ellm_jax.serving.grpc.malformed import ReadingGuard
+from ellm_jax.serving.grpc.places import SPARE, WATCHES_MAX, Places
 from ellm_jax.serving.grpc.servicer import EngineServicer
 from ellm_jax.serving.grpc.stalls import Stalls
 from ellm_jax.serving.service import Service
@@ -34,15 +35,19 @@ class GrpcServer:
         self._service = service
         self._config = config
         self._stalls = Stalls(config.stall_s)
+        self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
-            interceptors=[KeyGuard(keys), ReadingGuard(SERVICE)],
+            interceptors=[
+                KeyGuard(keys, service.observer),
+                Places(config.max_connections, keys, service.observer, self._health),
+                ReadingGuard(SERVICE),
+            ],
             options=_options(config),
-            maximum_concurrent_rpcs=config.max_connections,
+            maximum_concurrent_rpcs=config.max_connections + WATCHES_MAX + SPARE,
         )
         ellm_pb2_grpc.add_EngineServiceServicer_to_server(
             EngineServicer(service, keys, self._stalls), self._server
         )
-        self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
             (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
@@ -102,7 +107,7 @@ def _options(config: ServeConfig) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", -1),
         ("grpc.max_metadata_size", config.max_header_bytes),
         ("grpc.absolute_max_metadata_size", config.max_header_bytes),
-        ("grpc.max_concurrent_streams", config.max_connections),
+        ("grpc.max_concurrent_streams", config.max_connections + WATCHES_MAX + SPARE),
         # A second server on the same port is a mistake; without this it would share the calls.
         ("grpc.so_reuseport", 0),
         # Finds clients that are gone without a word.

@@ -18,6 +18,7 @@ from ellm_jax.serving.grpc.keys import tenant_of
 from ellm_jax.serving.grpc.malformed import Malformed
 from ellm_jax.serving.grpc.stalls import Stalls
 from ellm_jax.serving.grpc.status import abort, code_of, field_of, message_of
+from ellm_jax.serving.observer import tell_refused
 from ellm_jax.serving.service import Service
 from ellm_jax.serving.tenants import Keys, Tenant
 
@@ -38,6 +39,7 @@ def _method(method: _M) -> _M:
             convert.refuse_unknown_fields(request)
             return await method(self, request, context)
         except ServiceError as error:
+            self._tell(error, context)
             failed = error
         except grpc.aio.BaseError:
             raise  # the connection is gone, and with it whoever could be told
@@ -122,7 +124,9 @@ class EngineServicer(ellm_pb2_grpc.EngineServiceServicer):
     ) -> pb.TokenizeResponse:
         """Token ids of a text."""
         special = not request.HasField("add_special_tokens") or request.add_special_tokens
-        ids = await self._service.tokenize(request.text, add_special_tokens=special)
+        ids = await self._service.texts.tokenize(
+            request.text, self._tenant(context), add_special_tokens=special
+        )
         return pb.TokenizeResponse(token_ids=ids)
 
     @_method
@@ -133,7 +137,9 @@ class EngineServicer(ellm_pb2_grpc.EngineServiceServicer):
         skip = not request.HasField("skip_special_tokens") or request.skip_special_tokens
         ids = list(request.token_ids)
         return pb.DetokenizeResponse(
-            text=await self._service.detokenize(ids, skip_special_tokens=skip)
+            text=await self._service.texts.detokenize(
+                ids, self._tenant(context), skip_special_tokens=skip
+            )
         )
 
     @_method
@@ -190,6 +196,7 @@ class EngineServicer(ellm_pb2_grpc.EngineServiceServicer):
             output = await self._service.complete(self._call(request, context))
             return pb.GenerateBatchResponse(response=convert.response(output))
         except ServiceError as error:
+            self._tell(error, context)
             return pb.GenerateBatchResponse(error=_error(error))
         except Exception:
             _log.exception("a request of a batch failed")
@@ -197,6 +204,9 @@ class EngineServicer(ellm_pb2_grpc.EngineServiceServicer):
 
     def _tenant(self, context: grpc.aio.ServicerContext) -> Tenant:
         return tenant_of(self._keys, context.invocation_metadata())
+
+    def _tell(self, error: ServiceError, context: grpc.aio.ServicerContext) -> None:
+        tell_refused(self._service.observer, error, self._tenant(context))
 
     def _call(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> Any:
         left_s = context.time_remaining()

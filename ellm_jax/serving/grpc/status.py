@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -56,6 +56,16 @@ def field_of(error: ServiceError) -> str:
     if error.param is None:
         return ""
     return f"sampling.{error.param}" if error.param in _SAMPLING else error.param
+
+
+def refusal(error: ServiceError) -> grpc.RpcMethodHandler:
+    """A handler that ends every call with an error."""
+
+    async def refuse(_: Any, context: grpc.aio.ServicerContext) -> None:
+        await abort(context, error)
+
+    # Of streams, so that it answers without waiting for a request, whatever the method's kind.
+    return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 async def abort(context: grpc.aio.ServicerContext, error: ServiceError) -> NoReturn:

@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute
 
 from ellm_jax.serving.http.batch_routes import BatchRoutes
 from ellm_jax.serving.http.batches import Batches
+from ellm_jax.serving.http.body import Bodies
 from ellm_jax.serving.http.chat import Chat
 from ellm_jax.serving.http.completions import Completions
 from ellm_jax.serving.http.context import Context
@@ -23,6 +24,7 @@ from ellm_jax.serving.http.files import FileStore
 from ellm_jax.serving.http.guard import LIVENESS_PATH, Guard
 from ellm_jax.serving.http.models import Models
 from ellm_jax.serving.http.openapi import document
+from ellm_jax.serving.http.origins import Origins
 from ellm_jax.serving.http.routing import route
 from ellm_jax.serving.service import Service
 from ellm_jax.serving.settings import ServeConfig
@@ -83,11 +85,14 @@ def make_app(
     ]
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(Guard, keys=keys)],
+        middleware=[
+            Middleware(Guard, keys=keys, origins=Origins(config), observer=service.observer)
+        ],
         exception_handlers={HTTPException: _shape},
         lifespan=lifespan,
     )
     app.state.files = store
+    app.state.bodies = Bodies(config.max_body_bytes)
     # A redirect would send clients to another address without saying what is wrong.
     app.router.redirect_slashes = False
     return app

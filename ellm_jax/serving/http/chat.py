@@ -68,6 +68,8 @@ class Chat:
     async def _call(self, asked: ChatRequest, use: ToolUse, caller: Caller) -> Call:
         self._context.check_model(asked.model)
         params = chat_params(asked, use, self._context.config)
+        # Before the template runs: a call that cannot be taken is not worth the work.
+        self._context.service.check(caller.call((), params))
         ids = await prompt_ids(self._context.tokenizer, asked)
         return caller.call(ids, params)
 

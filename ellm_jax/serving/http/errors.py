@@ -24,6 +24,17 @@ _CODES: dict[ErrorKind, tuple[int, str, str | None]] = {
     ErrorKind.CANCELLED: (499, "invalid_request_error", "cancelled"),
     ErrorKind.INTERNAL: (500, "server_error", None),
 }
+_KINDS = {
+    401: ErrorKind.UNAUTHENTICATED,
+    403: ErrorKind.FORBIDDEN,
+    404: ErrorKind.NOT_FOUND,
+    405: ErrorKind.NOT_FOUND,
+    408: ErrorKind.DEADLINE,
+    413: ErrorKind.TOO_LARGE,
+    429: ErrorKind.OVERLOADED,
+    431: ErrorKind.TOO_LARGE,
+    503: ErrorKind.UNAVAILABLE,
+}
 _RETRY_AFTER_S = 1.0
 
 
@@ -49,6 +60,14 @@ class HttpError(Exception):
         super().__init__(message)
         self.status, self.message = status, message
         self.code, self.param, self.headers = code, param, headers or {}
+
+
+def as_service_error(error: HttpError) -> ServiceError:
+    """An error as those see it who count them."""
+    kind = _KINDS.get(error.status)
+    if kind is None:
+        kind = ErrorKind.INTERNAL if error.status >= 500 else ErrorKind.INVALID
+    return ServiceError(kind, error.message, param=error.param)
 
 
 @dataclass(frozen=True)

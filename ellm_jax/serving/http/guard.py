@@ -1,4 +1,5 @@
-"""What every request passes before a route sees it: an id, a key, and errors as OpenAI shapes them.
+"""What every request passes before a route sees it: an id, a key or a page of this machine, and
+errors as OpenAI shapes them.
 
 One middleware around all routes, so that a new route cannot forget any of it.
 """
@@ -14,10 +15,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ellm_jax.serving.errors import ErrorKind, ServiceError
-from ellm_jax.serving.http.errors import HttpError, answer_of
+from ellm_jax.serving.http.errors import HttpError, answer_of, as_service_error
+from ellm_jax.serving.http.origins import Origins
 from ellm_jax.serving.http.turns import Turns
 from ellm_jax.serving.logs import request_context
-from ellm_jax.serving.tenants import Keys, basic_password, bearer_token
+from ellm_jax.serving.observer import Observer, tell_refused
+from ellm_jax.serving.tenants import ANONYMOUS, Keys, Tenant, basic_password, bearer_token
 
 LIVENESS_PATH = "/health"
 """The one path that needs no key."""
@@ -25,19 +28,24 @@ PAGES_PATH = "/dashboard"
 """What lies here is looked at in browsers, which ask a person for the key as a password."""
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_NO_RIGHT = (ErrorKind.UNAUTHENTICATED, ErrorKind.FORBIDDEN)
 _log = logging.getLogger(__name__)
 
 
 class Guard:
     """Wraps the router."""
 
-    def __init__(self, app: ASGIApp, keys: Keys):
+    def __init__(self, app: ASGIApp, keys: Keys, origins: Origins, observer: Observer):
         """Args:
         app: what is guarded.
         keys: who may come in.
+        origins: which pages may, where there are no keys.
+        observer: is told of refusals.
         """
         self._app = app
         self._keys = keys
+        self._origins = origins
+        self._observer = observer
         self._turns = Turns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,6 +72,7 @@ class Guard:
 
         try:
             if scope["path"] != LIVENESS_PATH:
+                self._origins.check(headers)
                 authorization = headers.get(b"authorization", b"").decode("latin-1")
                 token = bearer_token(authorization)
                 if token is None and _is_page(scope):
@@ -75,6 +84,7 @@ class Guard:
         except ClientDisconnect:
             _log.debug("request %s: the client has gone", state["request_id"])
         except (ServiceError, HttpError) as error:
+            self._tell(error, scope)
             await _say(_for_browsers(error, scope), started, send_with_id)
         except HTTPException as error:
             shaped = HttpError(error.status_code, error.detail, headers=dict(error.headers or {}))
@@ -83,6 +93,15 @@ class Guard:
             _log.exception("request %s failed", state["request_id"])
             shaped = HttpError(500, "the server failed; its log says why, by the request's id")
             await _say(shaped, started, send_with_id)
+
+    def _tell(self, error: ServiceError | HttpError, scope: Scope) -> None:
+        """Tells the observer of a refusal. Questions, such as whether the server is ready, are no
+        calls; who asks them without a right to is told of all the same."""
+        refused = error if isinstance(error, ServiceError) else as_service_error(error)
+        if scope["method"] == "POST" or refused.kind in _NO_RIGHT:
+            state = scope["state"]
+            with request_context(state["request_id"]):
+                tell_refused(self._observer, refused, state.get("tenant") or Tenant(ANONYMOUS))
 
 
 def _is_page(scope: Scope) -> bool:

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from ellm_jax.serving.errors import ErrorKind, ServiceError
 from ellm_jax.serving.http import replies
 from ellm_jax.serving.http.body import read_json
-from ellm_jax.serving.http.context import Context
+from ellm_jax.serving.http.context import Context, tenant_of
 from ellm_jax.serving.http.errors import HttpError
 from ellm_jax.serving.http.event_stream import reply
 from ellm_jax.serving.http.requests import DetokenizeRequest, TokenizeRequest
@@ -49,8 +49,8 @@ class Models:
         """Token ids of a text."""
         asked = await read_json(request, _TOKENIZE, self._context.config.max_body_bytes)
         self._context.check_model(asked.model)
-        ids = await self._context.service.tokenize(
-            asked.prompt, add_special_tokens=asked.add_special_tokens
+        ids = await self._context.service.texts.tokenize(
+            asked.prompt, tenant_of(request), add_special_tokens=asked.add_special_tokens
         )
         return reply(replies.Tokens(list(ids), len(ids), self._model.max_model_len))
 
@@ -58,8 +58,8 @@ class Models:
         """The text of token ids."""
         asked = await read_json(request, _DETOKENIZE, self._context.config.max_body_bytes)
         self._context.check_model(asked.model)
-        text = await self._context.service.detokenize(
-            asked.tokens, skip_special_tokens=asked.skip_special_tokens
+        text = await self._context.service.texts.detokenize(
+            asked.tokens, tenant_of(request), skip_special_tokens=asked.skip_special_tokens
         )
         return reply(replies.Text(text))
 
