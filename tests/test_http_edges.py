@@ -218,6 +218,12 @@ def test_a_head_without_an_end(server):
             assert read_reply(connection)[0] in (408, 431)
 
 
+def send_slowly(connection: socket.socket, more: bytes) -> None:
+    for _ in range(2000):
+        connection.sendall(more)
+        time.sleep(0.001)
+
+
 CHUNKED = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n".encode()
 
 
@@ -236,9 +242,7 @@ def test_what_is_no_body_has_an_end(server, begin, more):
         connection.sendall(begin)
         connection.settimeout(20)
         with pytest.raises(ConnectionError):
-            for _ in range(2000):
-                connection.sendall(more)
-                time.sleep(0.001)
+            send_slowly(connection, more)
     wait_until(lambda: not server._server.server_state.connections, 10)
 
 
