@@ -374,6 +374,8 @@ def test_a_server_that_drains_takes_nothing_new(make_engine):
         for reply in (
             httpx.get(f"{server.url}/ready"),
             httpx.post(f"{server.url}{COMPLETIONS}", json=ASKED),
+            httpx.post(f"{server.url}/v1/batches", json={}),
+            httpx.post(f"{server.url}/v1/files", data={"purpose": "batch"}, files={"file": b"x"}),
         ):
             check_error(reply, 503)
             assert int(reply.headers["retry-after"]) >= 1
@@ -485,6 +487,28 @@ def test_templates_have_a_limit_of_time(server, client, monkeypatch):
     monkeypatch.setitem(tokenizer.chat_templates, "default", "{{ messages.__class__.__mro__ }}")
     monkeypatch.setattr(tokenizer, "_compiled", {})
     check_error(client.post("/v1/chat/completions", json=chat), 400)
+
+
+def test_half_a_surrogate_pair_is_no_text(client):
+    function = {"name": "f", "arguments": '{"a": "\\ud800"}'}
+    calls = [{"id": "1", "type": "function", "function": function}]
+    messages = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "1", "content": "y"},
+    ]
+    chat = {"model": MODEL, "messages": messages, "max_tokens": 1}
+    error = check_error(client.post("/v1/chat/completions", json=chat), 400)
+    assert error["param"] == "messages[1]"
+    assert "surrogate" in error["message"]
+    function["arguments"] = '{"a": "\\ud83d\\ude00"}'
+    assert client.post("/v1/chat/completions", json=chat).status_code == 200
+
+    part = "--b\r\ncontent-disposition: form-data; name={}\r\n\r\n{}\r\n"
+    form = part.format("purpose", "batch") + part.format('"file"; filename="\\ud800"', "x")
+    kind = "multipart/form-data; boundary=b; charset=raw_unicode_escape"
+    reply = client.post("/v1/files", content=form + "--b--", headers={"content-type": kind})
+    assert check_error(reply, 400)["param"] == "file"
 
 
 def test_tokenize_and_back(server, client):
