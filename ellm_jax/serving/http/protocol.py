@@ -13,6 +13,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from ellm_jax.serving.errors import ErrorKind, ServiceError
 from ellm_jax.serving.http.errors import HttpError, answer_of
+from ellm_jax.serving.http.turns import Gradually
 from ellm_jax.serving.settings import ServeConfig
 
 HEAD_TIMEOUT_S = 10.0
@@ -21,6 +22,7 @@ MAX_HEADERS = 100
 """Most headers of a request."""
 LINGER_S = 2.0
 """How long the rest of a body is read and thrown away, once its request has been answered."""
+_BEGIN_MOST = 4  # connections whose heads are read in one iteration of the event loop
 
 
 class _HeadTooLarge(Exception):
@@ -34,6 +36,8 @@ class BoundedProtocol(HttpToolsProtocol):
     """Set by `bounded_by`."""
     idle: dict[BoundedProtocol, None]
     """Those of the server that have no request, or half a head of one; longest first."""
+    begin: Gradually
+    """Has heads of requests taken: those of many that come at once in turns."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Takes a connection. Where there are too many, the one that has been idle longest goes;
@@ -65,6 +69,20 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Takes what comes; what does not end is refused while it grows: a head, what a chunk says
         beside its length, and what comes after the last chunk."""
+        if self not in self.idle:
+            self._take(data)
+            return
+        self._unset_keepalive_if_required()
+        self.flow.pause_reading()
+        self.begin.call(self.loop, lambda: self._begin(data))
+
+    def _begin(self, data: bytes) -> None:
+        """Takes a head, or a piece of one."""
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
+            self._take(data)
+
+    def _take(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
         self._plain_bytes += len(data)
@@ -188,4 +206,5 @@ class BoundedProtocol(HttpToolsProtocol):
 
 def bounded_by(config: ServeConfig) -> type[BoundedProtocol]:
     """The protocol under the bounds of a configuration, as uvicorn takes it: a class."""
-    return type("BoundedProtocol", (BoundedProtocol,), {"bounds": config, "idle": {}})
+    own = {"bounds": config, "idle": {}, "begin": Gradually(_BEGIN_MOST)}
+    return type("BoundedProtocol", (BoundedProtocol,), own)
