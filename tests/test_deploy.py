@@ -50,6 +50,20 @@ def test_the_manifests_start_what_there_is(variant):
     assert float(found["ServeConfig.drain_s"]) + pause_s < grace_s
 
 
+def test_what_clients_upload_fits_its_volume():
+    """Or the pod would be evicted; and what is compiled is no neighbour of it."""
+    found = parsed(manifest_args(MANIFEST))
+    text = MANIFEST.read_text()
+    mounts = dict(re.findall(r"\{name: ([a-z]+), mountPath: (/\S+?)[,}]", text))
+    sizes = dict(re.findall(r"- name: ([a-z]+)\n\s+emptyDir: \{sizeLimit: (\d+)Gi\}", text))
+    directory = str(found["ServeConfig.files_dir"])
+    assert [name for name, at in mounts.items() if directory.startswith(f"{at}/")] == ["files"]
+    tenant_bytes = int(str(found["ServeConfig.max_tenant_file_bytes"]))
+    assert int(sizes["files"]) * 2**30 > 4 * tenant_bytes
+    total_gib = int(re.search(r"ephemeral-storage: (\d+)Gi", text)[1])
+    assert total_gib > sum(int(size) for size in sizes.values())
+
+
 @pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cuda"])
 def test_images_run_as_nobody_and_stop_when_told(name):
     text = (DEPLOY / name).read_text()

@@ -1,6 +1,7 @@
 """Files and batches over HTTP, with OpenAI's client."""
 
 import json
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,8 @@ import httpx
 import openai
 import pytest
 from checked_engine import CheckedEngine
-from http_server import MODEL, RunningServer
+from engine_requests import wait_until
+from http_server import MODEL, RunningServer, request_bytes
 from openai import OpenAI
 
 from ellm_jax import SamplingParams
@@ -266,6 +268,97 @@ def test_a_tenant_may_have_so_many_files(make_engine):
                 upload(client, ["x"])
         with client_of(server, "blue") as other:
             upload(other, ["x"])
+
+
+def test_a_batch_takes_more_than_a_few_seats(make_engine):
+    with RunningServer(make_engine(None, max_num_seqs=48)) as server:
+        lines = [line(f"{i}", {"prompt": "x", "max_tokens": 300}) for i in range(48)]
+        with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            file_id = upload(client, lines)
+            batch = client.batches.create(
+                input_file_id=file_id, endpoint=COMPLETIONS, completion_window="24h"
+            )
+
+            def seats() -> int:
+                load = server.engine.load()
+                return int(load.running + load.waiting)
+
+            wait_until(lambda: seats() > 24, 30)
+            client.batches.cancel(batch.id)
+            ended(client, batch.id)
+
+
+def test_a_batch_whose_engine_fails_goes_on_with_the_next(make_engine, tmp_path: Path):
+    lines = [line(f"{i}", {"prompt": f"Part {i}", "max_tokens": 40}) for i in range(60)]
+    settings = {"api_keys": KEYS, "files_dir": str(tmp_path / "files")}
+    engine = make_engine(None)
+    with RunningServer(engine, **settings) as server, client_of(server) as client:
+        batch = client.batches.create(
+            input_file_id=upload(client, lines), endpoint=COMPLETIONS, completion_window="24h"
+        )
+        wait_until(lambda: client.batches.retrieve(batch.id).request_counts.completed >= 3)
+        engine.close()
+        wait_until(lambda: httpx.get(f"{server.url}/health").status_code == 503, 10)
+        time.sleep(2)
+        batch = client.batches.retrieve(batch.id)
+        assert (batch.status, batch.request_counts.failed) == ("in_progress", 0)
+    with RunningServer(make_engine(None), **settings) as server, client_of(server) as client:
+        batch = ended(client, batch.id)
+        counts = batch.request_counts
+        assert (batch.status, counts.completed, counts.failed) == ("completed", 60, 0)
+
+
+def test_the_oldest_batches_are_forgotten(make_engine, tmp_path: Path):
+    settings = {"api_keys": KEYS, "files_dir": str(tmp_path), "max_files": 3}
+    with RunningServer(make_engine(None), **settings) as server, client_of(server) as client:
+        file_id = upload(client, [line("a", {})])
+        asked = {"input_file_id": file_id, "endpoint": COMPLETIONS, "completion_window": "24h"}
+        ids = []
+        for _ in range(5):
+            batch = ended(client, client.batches.create(**asked).id)
+            client.files.delete(batch.error_file_id)
+            ids.append(batch.id)
+        assert {batch.id for batch in client.batches.list()} == set(ids[2:])
+        for _ in range(2):
+            upload(client, ["x"])
+        before = set(tmp_path.iterdir())
+        for _ in range(3):
+            with pytest.raises(openai.APIStatusError, match="delete some"):
+                client.batches.create(**asked)
+        assert set(tmp_path.iterdir()) == before
+
+
+def test_a_tenant_may_have_so_many_bytes(make_engine):
+    settings = {"api_keys": KEYS, "max_tenant_file_bytes": 4000}
+    with RunningServer(make_engine(None), **settings) as server, client_of(server) as client:
+        first = upload(client, ["x" * 1500])
+        with pytest.raises(openai.APIStatusError, match="the limit is 4000") as error:
+            upload(client, ["x" * 2500])
+        assert error.value.status_code == 413
+        with client_of(server, "blue") as other:
+            upload(other, ["x" * 2500])
+        client.files.delete(first)
+        # What is coming counts as well.
+        head = {
+            "content_type": "multipart/form-data; boundary=b",
+            "authorization": f"Bearer {KEYS['red']}",
+        }
+        with server.connect() as coming:
+            coming.sendall(request_bytes("POST", "/v1/files", b"-" * 3000, **head)[:-3000])
+            store = server.app.state.files
+            wait_until(lambda: server.call(lambda: store._coming_bytes["red"]) == 3000)
+            with pytest.raises(openai.APIStatusError, match="the limit is 4000"):
+                upload(client, ["x" * 1500])
+        wait_until(lambda: server.call(lambda: store._coming_bytes["red"]) == 0)
+        upload(client, ["x" * 2500])
+
+
+def test_uploads_are_kept_where_files_are(make_engine, tmp_path: Path, monkeypatch):
+    settings = {"api_keys": KEYS, "files_dir": str(tmp_path / "files")}
+    with RunningServer(make_engine(None), **settings) as server, client_of(server) as client:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+        file_id = upload(client, ["x" * 3_000_000])
+        assert client.files.retrieve(file_id).bytes == 3_000_000
 
 
 def test_files_of_a_server_without_a_directory_go_with_it(make_engine):

@@ -218,6 +218,43 @@ def test_a_head_without_an_end(server):
             assert read_reply(connection)[0] in (408, 431)
 
 
+def send_slowly(connection: socket.socket, more: bytes) -> None:
+    for _ in range(2000):
+        connection.sendall(more)
+        time.sleep(0.001)
+
+
+CHUNKED = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n".encode()
+
+
+@pytest.mark.parametrize(
+    ("begin", "more"),
+    [
+        (CHUNKED + b"1\r\n{\r\n0\r\nx: ", b"y" * 1000),
+        (CHUNKED + b"1\r\n{\r\n0\r\n", b"x: y\r\n" * 200),
+        (CHUNKED + b"1;x=", b"y" * 1000),
+        (request_bytes("GET", "/health"), b"\r\n" * 500),
+    ],
+    ids=["long trailer", "many trailers", "chunk extension", "blank lines"],
+)
+def test_what_is_no_body_has_an_end(server, begin, more):
+    with server.connect() as connection:
+        connection.sendall(begin)
+        connection.settimeout(20)
+        with pytest.raises(ConnectionError):
+            send_slowly(connection, more)
+    wait_until(lambda: not server._server.server_state.connections, 10)
+
+
+def test_chunks_with_extensions_and_trailers_are_read(server):
+    text = json.dumps(ASKED).encode()
+    chunks = b"".join(b"1;name=%s\r\n%c\r\n" % (b"v" * 100, byte) for byte in text)
+    with server.connect() as connection:
+        for _ in range(2):
+            connection.sendall(CHUNKED + chunks + b"0\r\nx-sum: 1\r\n\r\n")
+            assert read_reply(connection)[0] == 200
+
+
 def test_what_is_not_http(server):
     for junk in (b"\x16\x03\x01\x02\x00\x01\x00\x01", b"EHLO mail\r\n\r\n", b"GET\r\n\r\n"):
         with server.connect() as connection:
@@ -253,15 +290,41 @@ def test_requests_in_a_row_on_one_connection(server):
             assert read_reply(connection)[0] == wanted
 
 
+def test_idle_connections_keep_nobody_out(make_engine):
+    """A probe of a server that is well has to get through, however many connections do nothing."""
+    with RunningServer(make_engine(None), max_connections=3) as server, contextlib.ExitStack() as s:
+        connected = server._server.server_state.connections
+        alive = s.enter_context(server.connect())
+        alive.sendall(request_bytes("GET", "/health"))
+        assert read_reply(alive)[0] == 200
+        idle = []
+        for sent in (b"GET ", b""):
+            idle.append(s.enter_context(server.connect()))
+            idle[-1].sendall(sent)
+            wait_until(lambda: len(connected) == 1 + len(idle))
+        alive.sendall(request_bytes("GET", "/health"))
+        assert read_reply(alive)[0] == 200
+        for gone in idle:
+            assert httpx.get(f"{server.url}/health").status_code == 200
+            gone.settimeout(30)
+            with contextlib.suppress(ConnectionError):
+                assert gone.recv(1) == b"", "not the longest idle one went"
+            wait_until(lambda: len(connected) <= 2)
+            s.enter_context(server.connect())
+            wait_until(lambda: len(connected) == 3)
+
+
 def test_too_many_connections(make_engine):
     with RunningServer(make_engine(None), max_connections=3) as server:
+        connected = server._server.server_state.connections
         with contextlib.ExitStack() as stack:
             for _ in range(3):
-                stack.enter_context(server.connect()).sendall(b"GET ")
-            wait_until(lambda: len(server._server.server_state.connections) == 3)
+                whole = request_bytes("POST", COMPLETIONS, json.dumps(ASKED).encode())
+                stack.enter_context(server.connect()).sendall(whole[:-5])
+            wait_until(lambda: len(connected) == 3 and all(each.cycle for each in connected))
             with server.connect() as connection:
                 assert read_reply(connection)[0] == 503
-        wait_until(lambda: not server._server.server_state.connections)
+        wait_until(lambda: not connected)
         assert httpx.get(f"{server.url}/health").status_code == 200
 
 
@@ -311,6 +374,8 @@ def test_a_server_that_drains_takes_nothing_new(make_engine):
         for reply in (
             httpx.get(f"{server.url}/ready"),
             httpx.post(f"{server.url}{COMPLETIONS}", json=ASKED),
+            httpx.post(f"{server.url}/v1/batches", json={}),
+            httpx.post(f"{server.url}/v1/files", data={"purpose": "batch"}, files={"file": b"x"}),
         ):
             check_error(reply, 503)
             assert int(reply.headers["retry-after"]) >= 1
@@ -422,6 +487,28 @@ def test_templates_have_a_limit_of_time(server, client, monkeypatch):
     monkeypatch.setitem(tokenizer.chat_templates, "default", "{{ messages.__class__.__mro__ }}")
     monkeypatch.setattr(tokenizer, "_compiled", {})
     check_error(client.post("/v1/chat/completions", json=chat), 400)
+
+
+def test_half_a_surrogate_pair_is_no_text(client):
+    function = {"name": "f", "arguments": '{"a": "\\ud800"}'}
+    calls = [{"id": "1", "type": "function", "function": function}]
+    messages = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "1", "content": "y"},
+    ]
+    chat = {"model": MODEL, "messages": messages, "max_tokens": 1}
+    error = check_error(client.post("/v1/chat/completions", json=chat), 400)
+    assert error["param"] == "messages[1]"
+    assert "surrogate" in error["message"]
+    function["arguments"] = '{"a": "\\ud83d\\ude00"}'
+    assert client.post("/v1/chat/completions", json=chat).status_code == 200
+
+    part = "--b\r\ncontent-disposition: form-data; name={}\r\n\r\n{}\r\n"
+    form = part.format("purpose", "batch") + part.format('"file"; filename="\\ud800"', "x")
+    kind = "multipart/form-data; boundary=b; charset=raw_unicode_escape"
+    reply = client.post("/v1/files", content=form + "--b--", headers={"content-type": kind})
+    assert check_error(reply, 400)["param"] == "file"
 
 
 def test_tokenize_and_back(server, client):

@@ -1,8 +1,16 @@
-"""One request begins per iteration of the event loop, whoever else comes."""
+"""Few requests begin per iteration of the event loop, whoever else comes."""
 
 import asyncio
+import contextlib
+import threading
+from collections import Counter
 
-from ellm_jax.serving.http.turns import Turns
+import pytest
+from engine_requests import wait_until
+from http_server import RunningServer, read_reply, request_bytes
+
+from ellm_jax.serving.http import protocol
+from ellm_jax.serving.http.turns import Gradually, Turns
 
 
 def test_one_goes_through_per_iteration_in_order():
@@ -41,3 +49,63 @@ def test_one_goes_through_per_iteration_in_order():
     assert [number for number, _ in through] == [*range(10), *range(20, 50)]
     iterations = [iteration for _, iteration in through]
     assert len(set(iterations)) == len(iterations), "two in one iteration"
+
+
+def test_so_many_are_called_per_iteration_in_order():
+    async def crowd() -> list[tuple[int, int]]:
+        loop = asyncio.get_running_loop()
+        iteration = 0
+        called: list[tuple[int, int]] = []
+        gradually = Gradually(3)
+
+        def count() -> None:
+            nonlocal iteration
+            iteration += 1
+            loop.call_soon(count)
+
+        loop.call_soon(count)
+        for number in range(20):
+            gradually.call(loop, lambda number=number: called.append((number, iteration)))
+        assert len(called) == 3, "those that are few wait"
+        while len(called) < 20:
+            await asyncio.sleep(0)
+        return called
+
+    called = asyncio.run(asyncio.wait_for(crowd(), 30))
+    assert [number for number, _ in called] == list(range(20))
+    assert max(Counter(iteration for _, iteration in called).values()) == 3
+
+
+def test_heads_that_come_at_once_are_read_in_turns(make_engine, monkeypatch: pytest.MonkeyPatch):
+    taken: Counter[int] = Counter()
+    iteration = 0
+    take = protocol.BoundedProtocol._take
+
+    def counted(self: protocol.BoundedProtocol, data: bytes) -> None:
+        taken[iteration] += 1
+        take(self, data)
+
+    monkeypatch.setattr(protocol.BoundedProtocol, "_take", counted)
+    with RunningServer(make_engine(None)) as server, contextlib.ExitStack() as stack:
+        crowd = [stack.enter_context(server.connect()) for _ in range(100)]
+        wait_until(lambda: len(server._server.server_state.connections) == 100)
+
+        def count() -> None:
+            nonlocal iteration
+            iteration += 1
+            if not over:
+                server.loop.call_soon(count)
+
+        over = False
+        server.loop.call_soon_threadsafe(count)
+        for _ in range(2):  # again on the same connections
+            taken.clear()
+            held = threading.Event()
+            server.loop.call_soon_threadsafe(held.wait, 30)
+            for connection in crowd:
+                connection.sendall(request_bytes("GET", "/health"))
+            held.set()
+            assert all(read_reply(connection)[0] == 200 for connection in crowd)
+            assert sum(taken.values()) == 100
+            assert max(taken.values()) <= 4
+        over = True

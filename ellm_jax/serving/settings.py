@@ -48,7 +48,10 @@ class ServeConfig:
         max_schema_depth: most levels of nesting in such a schema.
         files_dir: directory of uploaded files and batches; None: one that is removed at the end.
         max_file_bytes: most bytes of an uploaded file.
-        max_files: most files, and most batches, that a tenant may have.
+        max_files: most files, and most batches, that a tenant may have; of batches that are over
+            the oldest are forgotten.
+        max_tenant_file_bytes: most bytes of a tenant's files together: uploads, also while they
+            come, and results of batches.
         drain_s: seconds that open streams may still take after SIGTERM.
         linger_s: seconds that a server whose engine failed still answers, as unhealthy, before it
             ends with exit code 1.
@@ -82,6 +85,7 @@ class ServeConfig:
     files_dir: str | None = None
     max_file_bytes: int = 64 * 2**20
     max_files: int = 256
+    max_tenant_file_bytes: int = 2**30
     drain_s: float = 30.0
     linger_s: float = 30.0
     stall_s: float = 60.0
@@ -183,5 +187,6 @@ def read_keys(path: str | Path) -> dict[str, str]:
 def _check_bound(name: str, value: object) -> None:
     if value is None and name == "max_prompt_tokens":
         return
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 2**31 - 1:
-        raise ValueError(f"{name}={value!r}: must be a whole number from 1 to {2**31 - 1}")
+    most = 2**53 if name == "max_tenant_file_bytes" else 2**31 - 1
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise ValueError(f"{name}={value!r}: must be a whole number from 1 to {most}")

@@ -13,6 +13,7 @@ from ellm_jax.serving.http.body import read_json
 from ellm_jax.serving.http.context import Context, tenant_of
 from ellm_jax.serving.http.errors import HttpError
 from ellm_jax.serving.http.event_stream import reply
+from ellm_jax.serving.http.file_routes import check_open
 from ellm_jax.serving.http.files import FileStore
 from ellm_jax.serving.http.pages import ends, page
 from ellm_jax.serving.http.requests import BatchCreate
@@ -43,6 +44,7 @@ class BatchRoutes:
         return reply(replies.BatchList(data, more, *ends(data)))
 
     async def _create(self, request: Request) -> Response:
+        check_open(self._context.service)
         asked = await read_json(request, _DECODER, self._context.config.max_body_bytes)
         tenant = tenant_of(request)
         file = self._store.get(tenant, asked.input_file_id)

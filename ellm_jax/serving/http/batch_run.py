@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
@@ -16,15 +17,16 @@ from ellm_jax.serving.http import replies
 from ellm_jax.serving.http.errors import HttpError, answer_of
 from ellm_jax.serving.http.files import FileStore, StoredBatch
 from ellm_jax.serving.http.requests import BatchLine
+from ellm_jax.serving.http.turns import Turns
 from ellm_jax.serving.tenants import Tenant
 
 MAX_LINES = 50_000
 """Most requests of one batch."""
 
 _ERRORS_MAX = 20
-_WORKERS = 16
 _SAVE_EVERY = 32  # lines between two records of how far a batch is
 _LINE = msgspec.json.Decoder(BatchLine)
+_log = logging.getLogger(__name__)
 
 Answer = Callable[[BatchLine, Tenant], Awaitable[msgspec.Struct]]
 
@@ -41,26 +43,44 @@ class BadBatch(Exception):  # named after what the caller has in hand
         self.errors = errors
 
 
+class EngineGone(Exception):  # named after what has happened
+    """The engine has failed: the rest of a batch is for the server that is started next."""
+
+
 class BatchRun:
     """One run of a batch, which may have been begun before."""
 
-    def __init__(self, store: FileStore, stored: StoredBatch, answer: Answer, max_line_bytes: int):
+    def __init__(
+        self,
+        store: FileStore,
+        stored: StoredBatch,
+        answer: Answer,
+        *,
+        max_line_bytes: int,
+        workers: int,
+        turns: Turns,
+    ):
         """Args:
         store: has the files.
         stored: the batch; its state is kept there.
-        answer: answers a line.
+        answer: answers a line; raises EngineGone once no line can be answered any more.
         max_line_bytes: most bytes of a line.
+        workers: most lines that are answered at a time.
+        turns: one line of all batches begins per iteration of the event loop.
         """
         self._store, self._stored, self._answer = store, stored, answer
-        self._max_line_bytes = max_line_bytes
+        self._max_line_bytes, self._workers, self._turns = max_line_bytes, workers, turns
         self._tenant = Tenant(stored.tenant, stored.admin)
         self._unsaved = 0
+        self._end: BadBatch | EngineGone | None = None
 
     async def run(self) -> None:
         """Runs it to its end: the batch is then "finalizing".
 
         Raises:
-            BadBatch: the file cannot be run, or is not there any more; nothing was.
+            BadBatch: the file cannot be run, or is not there any more; or there is no room for
+                the results.
+            EngineGone: the engine has failed.
         """
         batch, counts = self._stored.batch, self._stored.batch.request_counts
         try:
@@ -78,10 +98,11 @@ class BatchRun:
             self._store.open(self._stored.output.id, "ab") as output,
             self._store.open(self._stored.errors.id, "ab") as errors,
         ):
-            lines = self._lines(source, done)
             async with asyncio.TaskGroup() as group:
-                for _ in range(min(_WORKERS, counts.total)):
-                    group.create_task(self._work(lines, output, errors))
+                for _ in range(min(self._workers, counts.total)):
+                    group.create_task(self._work(source, done, output, errors))
+        if self._end is not None:
+            raise self._end
         batch.status, batch.finalizing_at = "finalizing", int(time.time())
 
     def _check(self, file_id: str) -> int:
@@ -140,36 +161,58 @@ class BatchRun:
         counts.completed, counts.failed = found
         return done
 
-    def _lines(self, source: BinaryIO, done: set[str]) -> Iterator[BatchLine]:
-        for line in source:
-            if line.strip():
-                request = _LINE.decode(line)
-                if request.custom_id not in done:
-                    yield request
-
-    async def _work(self, lines: Iterator[BatchLine], output: BinaryIO, errors: BinaryIO) -> None:
-        """Answers lines until there are no more."""
-        counts = self._stored.batch.request_counts
-        for line in lines:
+    async def _work(
+        self, source: BinaryIO, done: set[str], output: BinaryIO, errors: BinaryIO
+    ) -> None:
+        """Answers lines until there are no more, or it makes no sense any more."""
+        while self._end is None:
+            await self._turns.wait()
+            if not (text := source.readline()):
+                return
+            if not text.strip():
+                continue
+            line = _LINE.decode(text)
+            if line.custom_id in done:
+                continue
             try:
-                body, status = await self._answer(line, self._tenant), 200
-            except (ServiceError, HttpError) as error:
-                told = answer_of(error)
-                body, status = replies.ErrorReply(told.error), told.status
-            response = replies.LineResponse(status, f"req_{uuid.uuid4().hex}", body)
-            line_id = f"batch_req_{uuid.uuid4().hex}"
-            result = replies.LineResult(line_id, line.custom_id, response)
-            target = output if status == 200 else errors
-            target.write(msgspec.json.encode(result) + b"\n")
-            target.flush()
-            if status == 200:
-                counts.completed += 1
-            else:
-                counts.failed += 1
-            self._unsaved += 1
-            if self._unsaved >= _SAVE_EVERY:
-                self._unsaved = 0
-                self._store.put_batch(self._stored)
+                body, status = await self._answer_or_error(line)
+            except EngineGone as error:
+                self._end = error
+                return
+            self._write(line, body, status, output if status == 200 else errors)
+
+    async def _answer_or_error(self, line: BatchLine) -> tuple[msgspec.Struct, int]:
+        try:
+            return await self._answer(line, self._tenant), 200
+        except EngineGone:
+            raise
+        except (ServiceError, HttpError) as error:
+            told = answer_of(error)
+        except Exception:
+            batch_id = self._stored.batch.id
+            _log.exception("batch %s: the line %r failed", batch_id, line.custom_id)
+            told = answer_of(HttpError(500, "the server failed; its log says why, by the batch"))
+        return replies.ErrorReply(told.error), told.status
+
+    def _write(self, line: BatchLine, body: msgspec.Struct, status: int, target: BinaryIO) -> None:
+        """Writes down what came of a line."""
+        response = replies.LineResponse(status, f"req_{uuid.uuid4().hex}", body)
+        result = replies.LineResult(f"batch_req_{uuid.uuid4().hex}", line.custom_id, response)
+        target.write(msgspec.json.encode(result) + b"\n")
+        target.flush()
+        counts = self._stored.batch.request_counts
+        if status == 200:
+            counts.completed += 1
+        else:
+            counts.failed += 1
+        self._unsaved += 1
+        if self._unsaved >= _SAVE_EVERY:
+            self._unsaved = 0
+            self._store.put_batch(self._stored)
+            try:
+                self._store.check_room(self._tenant)
+            except ServiceError as error:
+                self._end = BadBatch([replies.BatchError("no_room", error.message)])
 
 
 def _bounded_lines(source: BinaryIO, most_bytes: int) -> Iterator[bytes | None]:

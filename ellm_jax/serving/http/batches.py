@@ -12,12 +12,13 @@ from ellm_jax.serving.errors import ErrorKind, ServiceError
 from ellm_jax.serving.http import chat as _chat
 from ellm_jax.serving.http import completions as _completions
 from ellm_jax.serving.http import replies
-from ellm_jax.serving.http.batch_run import BadBatch, BatchRun
+from ellm_jax.serving.http.batch_run import BadBatch, BatchRun, EngineGone
 from ellm_jax.serving.http.body import decode
 from ellm_jax.serving.http.context import Caller, Context, new_id
 from ellm_jax.serving.http.errors import HttpError
-from ellm_jax.serving.http.files import FileStore, StoredBatch
+from ellm_jax.serving.http.files import OVER, FileStore, StoredBatch
 from ellm_jax.serving.http.requests import BatchCreate, BatchLine, Common
+from ellm_jax.serving.http.turns import Turns
 from ellm_jax.serving.tenants import Tenant
 
 PRIORITY = 10
@@ -28,7 +29,6 @@ _SEATS_SHARE = 0.75
 answer finds one free."""
 _RETRY_S = 1.0
 _DAY_S = 86400
-_OVER = ("completed", "failed", "cancelled")
 _LATER = (ErrorKind.OVERLOADED, ErrorKind.UNAVAILABLE)
 _log = logging.getLogger(__name__)
 
@@ -50,14 +50,14 @@ class Batches:
         self._context, self._store = context, store
         self._completions, self._chat = completions, chat
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._turns = asyncio.Semaphore(
-            max(1, int(_SEATS_SHARE * context.service.model.max_num_seqs))
-        )
+        self._seats = max(1, int(_SEATS_SHARE * context.service.model.max_num_seqs))
+        self._seat = asyncio.Semaphore(self._seats)
+        self._turns = Turns()
 
     async def start(self) -> None:
         """Goes on with what is not over."""
         for stored in self._store.batches():
-            if stored.batch.status not in _OVER:
+            if stored.batch.status not in OVER:
                 self._begin(stored)
 
     async def stop(self) -> None:
@@ -71,7 +71,7 @@ class Batches:
         """Begins a batch.
 
         Raises:
-            ServiceError: the tenant has too many.
+            ServiceError: the tenant has too much, or too many that are not over.
         """
         now = int(time.time())
         batch = replies.Batch(
@@ -85,10 +85,19 @@ class Batches:
             request_counts=replies.RequestCounts(),
             metadata=asked.metadata,
         )
-        output = self._store.create(tenant, f"{batch.id}_output.jsonl", "batch_output")
-        errors = self._store.create(tenant, f"{batch.id}_error.jsonl", "batch_output")
-        stored = StoredBatch(tenant.name, tenant.admin, batch, output, errors)
-        self._store.put_batch(stored)
+        self._store.check_room(tenant)
+        made: list[replies.FileObject] = []
+        try:
+            for name in ("output", "error"):
+                filename = f"{batch.id}_{name}.jsonl"
+                made.append(self._store.create(tenant, filename, "batch_output"))
+            self._store.make_room_for_batch(tenant)
+            stored = StoredBatch(tenant.name, tenant.admin, batch, *made)
+            self._store.put_batch(stored)
+        except BaseException:
+            for file in made:
+                self._store.discard(file)
+            raise
         self._begin(stored)
         return batch
 
@@ -99,13 +108,15 @@ class Batches:
             ServiceError: it is over.
         """
         batch = stored.batch
-        if batch.status in _OVER:
+        if batch.status in OVER:
             raise ServiceError(ErrorKind.INVALID, f"the batch is {batch.status} already")
         if batch.status != "cancelling":
             batch.status, batch.cancelling_at = "cancelling", int(time.time())
             self._store.put_batch(stored)
             if (task := self._tasks.get(batch.id)) is not None:
                 task.cancel()
+            else:
+                self._begin(stored)  # the engine has failed meanwhile
         return batch
 
     def _begin(self, stored: StoredBatch) -> None:
@@ -118,11 +129,20 @@ class Batches:
         try:
             if batch.status != "cancelling":
                 await BatchRun(
-                    self._store, stored, self._answer, self._context.config.max_body_bytes
+                    self._store,
+                    stored,
+                    self._answer,
+                    max_line_bytes=self._context.config.max_body_bytes,
+                    workers=self._seats,
+                    turns=self._turns,
                 ).run()
         except asyncio.CancelledError:
             if batch.status != "cancelling":
                 raise  # the server stops; the batch goes on when it is back
+        except EngineGone:
+            if batch.status != "cancelling":
+                self._store.put_batch(stored)  # goes on with the next server
+                return
         except BadBatch as error:
             batch.errors = replies.BatchErrors(error.errors)
             batch.status, batch.failed_at = "failed", int(time.time())
@@ -153,11 +173,14 @@ class Batches:
 
         Raises:
             HttpError, ServiceError: the line was refused, or failed.
+            EngineGone: neither this line nor any other can be answered any more.
         """
         caller = Caller(tenant, priority=PRIORITY)
         while True:
+            if not self._context.service.live:
+                raise EngineGone
             try:
-                async with self._turns:
+                async with self._seat:
                     if line.url == "/v1/chat/completions":
                         chat = decode(line.body, _chat.DECODER)
                         _check_whole(chat)
@@ -166,9 +189,18 @@ class Batches:
                     _check_whole(text)
                     return await self._completions.answer(text, caller)
             except ServiceError as error:
-                if error.kind not in _LATER or not self._context.service.live:
+                if error.kind not in (*_LATER, ErrorKind.INTERNAL):
                     raise
+                # Also lets it be known whether it was the engine that failed.
                 await asyncio.sleep(error.retry_after_s or _RETRY_S)
+                if error.kind is ErrorKind.INTERNAL and self._context.service.live:
+                    raise
+            except HttpError:
+                raise
+            except Exception as error:
+                if self._context.service.live:
+                    raise
+                raise EngineGone from error
 
 
 def _check_whole(asked: Common) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tempfile
 import time
 import uuid
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -15,6 +18,9 @@ from ellm_jax.serving.errors import ErrorKind, ServiceError
 from ellm_jax.serving.http.replies import Batch, FileObject
 from ellm_jax.serving.settings import ServeConfig
 from ellm_jax.serving.tenants import Tenant
+
+OVER = ("completed", "failed", "cancelled")
+"""States of a batch that changes no more."""
 
 _ID = re.compile(r"(file|batch)-[0-9a-f]{32}")
 
@@ -61,11 +67,62 @@ class FileStore:
         self._config = config
         self._files = self._load("file", StoredFile)
         self._batches = self._load("batch", StoredBatch)
+        self._coming_bytes: Counter[str] = Counter()  # by tenant: of uploads in progress
 
     def close(self) -> None:
         """Removes a directory of its own."""
         if self._own is not None:
             self._own.cleanup()
+
+    # Room.
+
+    def check_room(self, tenant: Tenant, more_bytes: int = 0) -> None:
+        """Returns if a tenant has room for so many bytes more.
+
+        Raises:
+            ServiceError: it has not.
+        """
+        held, most = self._held_bytes(tenant.name), self._config.max_tenant_file_bytes
+        if held + more_bytes > most or held == most:
+            raise ServiceError(
+                ErrorKind.TOO_LARGE,
+                f"your files have {held} bytes, {more_bytes} more are asked for, and the limit is "
+                f"{most}; delete some",
+            )
+
+    @contextlib.contextmanager
+    def reserved(self, tenant: Tenant, more_bytes: int) -> Iterator[None]:
+        """Keeps room for an upload while it comes.
+
+        Raises:
+            ServiceError: the tenant has too much, or too many files.
+        """
+        self._check_files(tenant)
+        self.check_room(tenant, more_bytes)
+        self._coming_bytes[tenant.name] += more_bytes
+        try:
+            yield
+        finally:
+            self._coming_bytes[tenant.name] -= more_bytes
+
+    def _held_bytes(self, tenant: str) -> int:
+        """Of a tenant's files, its uploads that are coming, and its batches that are not over."""
+        held = self._coming_bytes[tenant]
+        held += sum(each.file.bytes for each in self._files.values() if each.tenant == tenant)
+        for each in self._batches.values():
+            if each.tenant == tenant and each.batch.status not in OVER:
+                for path in (self._data(each.output.id), self._data(each.errors.id)):
+                    with contextlib.suppress(FileNotFoundError):
+                        held += path.stat().st_size
+        return held
+
+    def _check_files(self, tenant: Tenant) -> None:
+        mine = sum(stored.tenant == tenant.name for stored in self._files.values())
+        most = self._config.max_files
+        if mine >= most:
+            raise ServiceError(
+                ErrorKind.TOO_LARGE, f"you have {mine} files, and the limit is {most}; delete some"
+            )
 
     # Files.
 
@@ -75,12 +132,7 @@ class FileStore:
         Raises:
             ServiceError: the tenant has too many.
         """
-        mine = sum(stored.tenant == tenant.name for stored in self._files.values())
-        most = self._config.max_files
-        if mine >= most:
-            raise ServiceError(
-                ErrorKind.TOO_LARGE, f"you have {mine} files, and the limit is {most}; delete some"
-            )
+        self._check_files(tenant)
         file_id = f"file-{uuid.uuid4().hex}"
         self._data(file_id).touch(0o600, exist_ok=False)
         return FileObject(file_id, 0, int(time.time()), filename[:255], purpose)
@@ -127,21 +179,31 @@ class FileStore:
 
     # Batches.
 
-    def put_batch(self, stored: StoredBatch) -> None:
-        """Keeps a batch as it is now.
+    def make_room_for_batch(self, tenant: Tenant) -> None:
+        """Forgets the tenant's oldest batches that are over, as many as a new one needs; their
+        results stay.
 
         Raises:
-            ServiceError: it is new, and the tenant has too many.
+            ServiceError: too many are not over.
         """
-        if stored.batch.id not in self._batches:
-            mine = sum(each.tenant == stored.tenant for each in self._batches.values())
-            if mine >= self._config.max_files:
-                raise ServiceError(
-                    ErrorKind.TOO_LARGE,
-                    f"you have {mine} batches, and the limit is {self._config.max_files}",
-                )
-        self._batches[stored.batch.id] = stored
+        mine = [each for each in self._batches.values() if each.tenant == tenant.name]
+        most = self._config.max_files
+        excess = max(0, len(mine) + 1 - most)
+        over = [stored for stored in mine if stored.batch.status in OVER]
+        if excess > len(over):
+            raise ServiceError(
+                ErrorKind.TOO_LARGE,
+                f"{len(mine) - len(over)} of your batches are not over, and the limit is {most}; "
+                "wait for one, or cancel it",
+            )
+        for stored in sorted(over, key=lambda stored: stored.batch.created_at)[:excess]:
+            del self._batches[stored.batch.id]
+            self._json(stored.batch.id).unlink(missing_ok=True)
+
+    def put_batch(self, stored: StoredBatch) -> None:
+        """Keeps a batch as it is now."""
         self._write(stored.batch.id, stored)
+        self._batches[stored.batch.id] = stored
 
     def get_batch(self, tenant: Tenant, batch_id: str) -> StoredBatch:
         """A batch by its id.

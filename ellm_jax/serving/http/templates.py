@@ -135,6 +135,14 @@ def _message(index: int, message: Message) -> dict[str, Any]:
 def _arguments(text: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text or "{}")
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise HttpError(
+            400,
+            f"{where}.tool_calls: the arguments have half a surrogate pair, which is no text; "
+            "leave it out",
+            param=where,
+        ) from error
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):

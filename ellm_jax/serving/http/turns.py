@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
 
 class Turns:
@@ -37,3 +38,35 @@ class Turns:
                 turn.get_loop().call_soon(self._next)
                 return
         self._taken = False
+
+
+class Gradually:
+    """Calls so many functions in each iteration of the event loop, in the order in which they came.
+
+    Belongs to one event loop.
+    """
+
+    def __init__(self, most: int):
+        """Args:
+        most: in one iteration.
+        """
+        self._most = self._left = most
+        self._waiting: deque[Callable[[], None]] = deque()
+
+    def call(self, loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
+        """Calls a function; at once if there were not too many in this iteration."""
+        if self._left == self._most:
+            loop.call_soon(self._next, loop)
+        if self._left > 0:
+            self._left -= 1
+            function()
+        else:
+            self._waiting.append(function)
+
+    def _next(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._left = self._most
+        if self._waiting:
+            loop.call_soon(self._next, loop)
+        while self._waiting and self._left > 0:
+            self._left -= 1
+            self._waiting.popleft()()
