@@ -394,6 +394,7 @@ def test_damaged_orbax(damage: Callable[[Path], None], words: list[str], tmp_pat
 PEAK = """
 import sys
 import jax.numpy as jnp
+import tensorstore  # code is no weights
 from ellm_jax.checkpoint import load_model, weights_bytes
 
 def peak_bytes():

@@ -224,7 +224,10 @@ def send_slowly(connection: socket.socket, more: bytes) -> None:
         time.sleep(0.001)
 
 
-CHUNKED = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n".encode()
+CHUNKED = (
+    f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    "transfer-encoding: chunked\r\n\r\n"
+).encode()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Collection
 from typing import Any
 
@@ -13,15 +14,22 @@ from ellm_jax.models.shards import Piece
 
 # What XLA's CPU backend asks of a buffer that it shall use without a copy.
 ALIGNMENT_BYTES = 64
+_OWN_PAGES_BYTES = 1 << 20  # What has as many gets pages of its own.
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Uninitialised, row-major, starting at a multiple of `ALIGNMENT_BYTES`.
 
     `jax.device_put` of it on the CPU aliases the memory and keeps it alive; nothing may write to
-    it after that.
+    it after that. What is large is given back to the system when the last reference goes, where
+    the heap would keep a block of a layer for the next one.
     """
     size_bytes = math.prod(shape) * dtype.itemsize
+    if size_bytes >= _OWN_PAGES_BYTES:
+        pages = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        return np.frombuffer(pages, dtype).reshape(shape)
     raw = np.empty(size_bytes + ALIGNMENT_BYTES, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT_BYTES
     return raw[start : start + size_bytes].view(dtype).reshape(shape)
