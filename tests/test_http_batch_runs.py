@@ -14,9 +14,9 @@ from ellm_jax.serving.http.batch_run import BadBatch, BatchRun, EngineGone
 from ellm_jax.serving.http.errors import HttpError
 from ellm_jax.serving.http.files import FileStore, StoredBatch
 from ellm_jax.serving.http.requests import BatchLine
-from ellm_jax.serving.http.turns import Turns
 from ellm_jax.serving.settings import ServeConfig
 from ellm_jax.serving.tenants import Tenant
+from ellm_jax.serving.turns import Turns
 
 RED = Tenant("red")
 Answer = Callable[[BatchLine, Tenant], Awaitable[msgspec.Struct]]

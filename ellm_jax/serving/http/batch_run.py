@@ -17,8 +17,8 @@ from ellm_jax.serving.http import replies
 from ellm_jax.serving.http.errors import HttpError, answer_of
 from ellm_jax.serving.http.files import FileStore, StoredBatch
 from ellm_jax.serving.http.requests import BatchLine
-from ellm_jax.serving.http.turns import Turns
 from ellm_jax.serving.tenants import Tenant
+from ellm_jax.serving.turns import Turns
 
 MAX_LINES = 50_000
 """Most requests of one batch."""

@@ -18,8 +18,8 @@ from ellm_jax.serving.http.context import Caller, Context, new_id
 from ellm_jax.serving.http.errors import HttpError
 from ellm_jax.serving.http.files import OVER, FileStore, StoredBatch
 from ellm_jax.serving.http.requests import BatchCreate, BatchLine, Common
-from ellm_jax.serving.http.turns import Turns
 from ellm_jax.serving.tenants import Tenant
+from ellm_jax.serving.turns import Turns
 
 PRIORITY = 10
 """Of a batch's requests: those of people who wait go first."""

@@ -17,10 +17,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ellm_jax.serving.errors import ErrorKind, ServiceError
 from ellm_jax.serving.http.errors import HttpError, answer_of, as_service_error
 from ellm_jax.serving.http.origins import Origins
-from ellm_jax.serving.http.turns import Turns
 from ellm_jax.serving.logs import request_context
 from ellm_jax.serving.observer import Observer, tell_refused
 from ellm_jax.serving.tenants import ANONYMOUS, Keys, Tenant, basic_password, bearer_token
+from ellm_jax.serving.turns import Turns
 
 LIVENESS_PATH = "/health"
 """The one path that needs no key."""

@@ -13,8 +13,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from ellm_jax.serving.errors import ErrorKind, ServiceError
 from ellm_jax.serving.http.errors import HttpError, answer_of
-from ellm_jax.serving.http.turns import Gradually
 from ellm_jax.serving.settings import ServeConfig
+from ellm_jax.serving.turns import Gradually
 
 HEAD_TIMEOUT_S = 10.0
 """Longest time that a client may take to send the head of a request."""

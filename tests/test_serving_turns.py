@@ -10,7 +10,7 @@ from engine_requests import wait_until
 from http_server import RunningServer, read_reply, request_bytes
 
 from ellm_jax.serving.http import protocol
-from ellm_jax.serving.http.turns import Gradually, Turns
+from ellm_jax.serving.turns import Gradually, Turns
 
 
 def test_one_goes_through_per_iteration_in_order():
