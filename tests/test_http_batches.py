@@ -13,7 +13,7 @@ import pytest
 from checked_engine import CheckedEngine
 from engine_requests import wait_until
 from http_server import MODEL, RunningServer, request_bytes
-from openai import OpenAI
+from openai_clients import KINDS, openai_client
 
 from ellm_jax import SamplingParams
 
@@ -31,13 +31,13 @@ def server() -> Iterator[RunningServer]:
     maker.finish()
 
 
-def client_of(server: RunningServer, tenant: str = "red") -> OpenAI:
-    return OpenAI(base_url=f"{server.url}/v1", api_key=KEYS[tenant], max_retries=0)
+def client_of(server: RunningServer, tenant: str = "red", kind: str = "sync") -> Any:
+    return openai_client(kind, base_url=f"{server.url}/v1", api_key=KEYS[tenant])
 
 
-@pytest.fixture
-def client(server: RunningServer) -> Iterator[OpenAI]:
-    with client_of(server) as client:
+@pytest.fixture(params=KINDS)
+def client(server: RunningServer, request: pytest.FixtureRequest) -> Iterator[Any]:
+    with client_of(server, kind=request.param) as client:
         yield client
 
 
@@ -46,19 +46,19 @@ def line(custom_id: str, body: dict[str, Any], url: str = COMPLETIONS) -> dict[s
     return {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
 
 
-def upload(client: OpenAI, lines: list[Any], name: str = "in.jsonl") -> str:
+def upload(client: Any, lines: list[Any], name: str = "in.jsonl") -> str:
     text = "\n".join(each if isinstance(each, str) else json.dumps(each) for each in lines)
     return client.files.create(file=(name, text.encode()), purpose="batch").id
 
 
-def run(client: OpenAI, lines: list[Any], endpoint: str = COMPLETIONS) -> Any:
+def run(client: Any, lines: list[Any], endpoint: str = COMPLETIONS) -> Any:
     batch = client.batches.create(
         input_file_id=upload(client, lines), endpoint=endpoint, completion_window="24h"
     )
     return ended(client, batch.id)
 
 
-def ended(client: OpenAI, batch_id: str) -> Any:
+def ended(client: Any, batch_id: str) -> Any:
     end = time.monotonic() + WAIT_S
     while True:
         batch = client.batches.retrieve(batch_id)
@@ -68,7 +68,7 @@ def ended(client: OpenAI, batch_id: str) -> Any:
         time.sleep(0.05)
 
 
-def results(client: OpenAI, file_id: str) -> dict[str, Any]:
+def results(client: Any, file_id: str) -> dict[str, Any]:
     lines = client.files.content(file_id).text.splitlines()
     found = {(result := json.loads(text))["custom_id"]: result["response"] for text in lines}
     assert len(found) == len(lines)
@@ -273,7 +273,7 @@ def test_a_tenant_may_have_so_many_files(make_engine):
 def test_a_batch_takes_more_than_a_few_seats(make_engine):
     with RunningServer(make_engine(None, max_num_seqs=48)) as server:
         lines = [line(f"{i}", {"prompt": "x", "max_tokens": 300}) for i in range(48)]
-        with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        with openai_client("sync", base_url=f"{server.url}/v1", api_key="none") as client:
             file_id = upload(client, lines)
             batch = client.batches.create(
                 input_file_id=file_id, endpoint=COMPLETIONS, completion_window="24h"

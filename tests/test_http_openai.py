@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
 from checked_engine import CheckedEngine
 from http_server import MODEL, RunningServer
 from openai import AsyncOpenAI, OpenAI
+from openai_clients import KINDS, openai_client
 
 from ellm_jax import Engine, RequestOutput, SamplingParams
 
@@ -29,9 +31,9 @@ def engine(server: RunningServer) -> Engine:
     return server.engine
 
 
-@pytest.fixture
-def client(server: RunningServer) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{server.url}/v1", api_key=KEYS["red"], max_retries=0) as client:
+@pytest.fixture(params=KINDS)
+def client(server: RunningServer, request: pytest.FixtureRequest) -> Iterator[Any]:
+    with openai_client(request.param, base_url=f"{server.url}/v1", api_key=KEYS["red"]) as client:
         yield client
 
 
@@ -167,8 +169,8 @@ def test_log_probabilities_of_chats(client, engine, stream):
         assert [t.logprob for t in entry.top_logprobs] == pytest.approx([v for _, v in other.top])
 
 
-def test_usage_tells_what_was_cached(client, engine):
-    prompt = engine.tokenizer.encode("A sentence that nobody has sent here before. " * 20)
+def test_usage_tells_what_was_cached(client, engine, request):
+    prompt = engine.tokenizer.encode(f"{request.node.name} has sent nothing here before. " * 20)
     asked = {"model": MODEL, "prompt": prompt, "max_tokens": 2, "temperature": 0}
     first, second = (client.completions.create(**asked).usage for _ in range(2))
     assert first.prompt_tokens_details.cached_tokens == 0

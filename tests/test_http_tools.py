@@ -5,13 +5,14 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jsonschema_rs  # comes with schemathesis
 import openai
 import pytest
 from checked_engine import CheckedEngine
 from http_server import MODEL, RunningServer
-from openai import OpenAI
+from openai_clients import KINDS, openai_client
 
 from ellm_jax.assembly import TINY_MODEL
 
@@ -58,13 +59,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     maker.finish()
 
 
-@pytest.fixture
-def client(server: RunningServer) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+@pytest.fixture(params=KINDS)
+def client(server: RunningServer, request: pytest.FixtureRequest) -> Iterator[Any]:
+    with openai_client(request.param, base_url=f"{server.url}/v1", api_key="none") as client:
         yield client
 
 
-def calls_of(client: OpenAI, stream: bool, **asked) -> tuple[list[tuple[str, str]], str, str]:
+def calls_of(client: Any, stream: bool, **asked) -> tuple[list[tuple[str, str]], str, str]:
     """Calls, text and finish reason of an answer."""
     asked = {"model": MODEL, "messages": CHAT, "tools": TOOLS, "seed": 3, **asked}
     reply = client.chat.completions.create(stream=stream, **asked)
@@ -129,7 +130,7 @@ def test_an_answer_in_the_format_of_the_template_is_a_call(client, stream):
     assert (text, reason) == ("Well.", "tool_calls")
 
 
-def prompt_of(server: RunningServer, client: OpenAI, **asked) -> str:
+def prompt_of(server: RunningServer, client: Any, **asked) -> str:
     reply = client.chat.completions.create(
         model=MODEL, max_tokens=1, extra_body={"return_token_ids": True}, **asked
     )

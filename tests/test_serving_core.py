@@ -20,6 +20,7 @@ from ellm_jax.serving.fair_queue import FairQueue
 from ellm_jax.serving.observer import NullObserver
 from ellm_jax.serving.service import Service
 from ellm_jax.serving.settings import ServeConfig, is_loopback, read_keys, split_address
+from ellm_jax.serving.stream import RequestStream
 from ellm_jax.serving.tenants import Keys, Tenant, bearer_token
 from ellm_jax.serving.texts import TEXTS_MAX
 
@@ -149,6 +150,34 @@ def test_the_engine_wakes_the_loop_once_per_step(engine):
     serving(engine, test)
 
 
+def test_news_of_many_is_told_in_turns(engine, monkeypatch):
+    async def test(service, notes):
+        loop = asyncio.get_running_loop()
+        told, iteration, over = Counter(), 0, False
+        note_news = RequestStream.note_news
+
+        def count():
+            nonlocal iteration
+            iteration += 1
+            if not over:
+                loop.call_soon(count)
+
+        def counted(stream, end=False):
+            told[iteration] += 1
+            note_news(stream, end)
+
+        monkeypatch.setattr(RequestStream, "note_news", counted)
+        monkeypatch.setattr(service._news, "_most", 3)
+        loop.call_soon(count)
+        calls = [call(30, (5, i)) for i in range(8, 8 + 2 * engine.config.max_num_seqs)]
+        outputs = await asyncio.gather(*map(service.complete, calls))
+        over = True
+        assert [len(output.outputs[0].token_ids) for output in outputs] == [30] * len(calls)
+        assert max(told.values()) <= 3
+
+    serving(engine, test)
+
+
 def test_a_slow_reader_gets_several_tokens_at_once(engine):
     async def test(service, notes):
         async with await service.open(call(50)) as stream:
@@ -158,6 +187,21 @@ def test_a_slow_reader_gets_several_tokens_at_once(engine):
             rest = [update async for update in stream]
         assert len(rest) == 1
         assert len(first.deltas[0].token_ids) + len(rest[0].deltas[0].token_ids) == 50
+
+    serving(engine, test)
+
+
+def test_an_answer_that_is_whole_stays_so(engine):
+    """Whatever fails after its last token, before anybody has read it."""
+
+    async def test(service, notes):
+        async with await service.open(call(20)) as stream:
+            await until(lambda: stream.end_told)
+            service.fail_all(ServiceError(ErrorKind.UNAVAILABLE, "too late"))
+            updates = [update async for update in stream]
+        assert updates[-1].finished
+        assert sum(len(update.deltas[0].token_ids) for update in updates) == 20
+        assert notes.said[-1][2] == "done"
 
     serving(engine, test)
 

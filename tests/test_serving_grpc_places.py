@@ -105,17 +105,24 @@ def test_health_answers_while_calls_have_all_places(engine):
         assert stub.Generate(request(max_tokens=2), timeout=WAIT_S).completions
 
 
-def test_a_check_without_a_message_does_not_last(engine, monkeypatch):
+@pytest.mark.parametrize("method", [places.CHECK, "/ellm.v1.EngineService/GenerateStream"])
+def test_a_call_without_a_message_does_not_last(engine, monkeypatch, method):
     monkeypatch.setattr(places, "_CHECK_S", 0.1)
+    monkeypatch.setattr(places, "_REQUEST_S", 0.1)
     never = threading.Event()
 
     def nothing():
         never.wait(WAIT_S)
         yield from ()
 
-    with RunningGrpc(engine) as server, grpc.insecure_channel(server.address) as channel:
-        check = channel.stream_stream(places.CHECK)
-        assert code_of(check(nothing(), timeout=WAIT_S)) == grpc.StatusCode.INVALID_ARGUMENT
+    with (
+        RunningGrpc(engine, max_connections=4) as server,
+        grpc.insecure_channel(server.address) as channel,
+        server.stub() as stub,
+    ):
+        idle = [channel.stream_stream(method)(nothing(), timeout=WAIT_S) for _ in range(4)]
+        assert [code_of(call) for call in idle] == [grpc.StatusCode.INVALID_ARGUMENT] * 4
+        assert stub.Generate(request(max_tokens=2), timeout=WAIT_S).completions
         never.set()
 
 

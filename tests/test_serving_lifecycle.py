@@ -1,6 +1,7 @@
 """How a server ends: drained, told twice, or with an engine that has failed."""
 
 import contextlib
+import http.client
 import json
 import signal
 import subprocess
@@ -21,6 +22,8 @@ from ellm_jax.protocol.v1 import ellm_pb2 as pb
 from ellm_jax.protocol.v1 import ellm_pb2_grpc
 
 OPTIONS = ["--grpc", "127.0.0.1:0", "--json", "--quiet", "--no-warm-up", "--device-memory", "64MiB"]
+RED_S = 2.0
+"""How soon everybody can see that the engine has failed."""
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -60,9 +63,9 @@ class Reader:
         assert not self._thread.is_alive(), "a stream hangs"
 
 
-def health_becomes(channel, status):
+def health_becomes(channel, status, within_s=WAIT_S):
     stub = health_pb2_grpc.HealthStub(channel)
-    end = time.monotonic() + WAIT_S
+    end = time.monotonic() + within_s
     while stub.Check(health_pb2.HealthCheckRequest()).status != status:
         assert time.monotonic() < end, "health did not change"
         time.sleep(0.02)
@@ -124,12 +127,17 @@ def test_a_failing_engine_turns_health_red_and_fails_streams():
             raise AssertionError("the ledger is off")
 
         engine._loop.step = broken
+        health_becomes(channel, NOT_SERVING, RED_S)
+        host, port = server.addresses["http"].rsplit(":", 1)
+        connection = http.client.HTTPConnection(host, int(port), timeout=WAIT_S)
+        connection.request("GET", "/health")
+        assert connection.getresponse().status == 503
+        connection.close()
         for reader in readers:
             reader.join()
             assert reader.error is not None
             assert reader.error.code() == grpc.StatusCode.INTERNAL
             assert "the ledger is off" in reader.error.details()
-        health_becomes(channel, NOT_SERVING)
         with pytest.raises(grpc.RpcError) as refused:
             stub.Generate(request())
         assert refused.value.code() == grpc.StatusCode.UNAVAILABLE

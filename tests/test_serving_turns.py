@@ -10,7 +10,7 @@ from engine_requests import wait_until
 from http_server import RunningServer, read_reply, request_bytes
 
 from ellm_jax.serving.http import protocol
-from ellm_jax.serving.turns import Gradually, Turns
+from ellm_jax.serving.turns import Gradually, Spread, Turns
 
 
 def test_one_goes_through_per_iteration_in_order():
@@ -74,6 +74,46 @@ def test_so_many_are_called_per_iteration_in_order():
     called = asyncio.run(asyncio.wait_for(crowd(), 30))
     assert [number for number, _ in called] == list(range(20))
     assert max(Counter(iteration for _, iteration in called).values()) == 3
+
+
+def test_things_are_spread_and_wait_once():
+    async def crowd() -> tuple[list[list[int]], int]:
+        loop = asyncio.get_running_loop()
+        rounds: list[list[int]] = [[]]
+        settled = 0
+
+        def count() -> None:
+            rounds.append([])
+            if len(rounds) < 20:
+                loop.call_soon(count)
+
+        def note() -> None:
+            nonlocal settled
+            settled += 1
+
+        def each(thing: int) -> None:
+            if thing == 13:
+                raise ValueError("a thing that fails")
+            rounds[-1].append(thing)
+
+        errors: list[object] = []
+        loop.set_exception_handler(lambda _, context: errors.append(context["exception"]))
+        spread = Spread(4, each, note)
+        loop.call_soon(count)
+        spread.add(range(20))
+        spread.add([1, 19, 18])  # 1 was done, the others wait
+        while len(rounds) < 20:
+            await asyncio.sleep(0)
+        assert [str(error) for error in errors] == ["a thing that fails"]
+        spread.add([7])
+        await asyncio.sleep(0)
+        return rounds, settled
+
+    rounds, settled = asyncio.run(asyncio.wait_for(crowd(), 30))
+    things = [thing for some in rounds for thing in some]
+    assert things == [*range(13), *range(14, 20), 1, 7]
+    assert max(map(len, rounds)) == 4
+    assert settled == 2
 
 
 def test_heads_that_come_at_once_are_read_in_turns(make_engine, monkeypatch: pytest.MonkeyPatch):

@@ -102,10 +102,11 @@ async def serve(
             http = HttpTransport(make_app(service, keys, config, routes), config)
             addresses["http"] = await _listen(stack, http, config.http)
         stack.callback(service.fail_all, stopped())
-        with ending.listening_to_signals(), collector.settled():
-            if on_listening is not None:
-                on_listening(Listening(addresses))
-            return await ending.wait()
+        stack.enter_context(ending.listening_to_signals())
+        await stack.enter_async_context(collector.settled(engine))
+        if on_listening is not None:
+            on_listening(Listening(addresses))
+        return await ending.wait()
 
 
 async def _listen(stack: contextlib.AsyncExitStack, transport: Transport, address: str) -> str:

@@ -29,12 +29,17 @@ from ellm_jax.serving.settings import ServeConfig
 from ellm_jax.serving.stream import RequestStream
 from ellm_jax.serving.tenants import Tenant
 from ellm_jax.serving.texts import Texts
+from ellm_jax.serving.turns import Spread
 from ellm_jax.serving.workers import Workers
 from ellm_jax.structured.matcher import GrammarsBusy
 
 _INLINE = 2048
 """Prompts of up to so many characters or tokens are checked on the event loop, which takes less
 than a millisecond; longer ones on a thread."""
+
+_DELIVER_MOST = 8
+"""Streams that are told of their news in one iteration of the event loop: what each then writes
+takes longer than to tell it."""
 
 _WATCH_S = 0.25
 """How often the engine's thread is looked after."""
@@ -70,6 +75,7 @@ class Service:
         self._admission = Admission(seats, self.config.max_queue)
         self._streams: dict[RequestStream, asyncio.TimerHandle | None] = {}
         self._seated: dict[Group, RequestStream] = {}
+        self._news = Spread(_DELIVER_MOST, self._tell, self._note_if_failed)
         self._names: set[str] = set()
         self._emptied = asyncio.Event()
         self._emptied.set()
@@ -193,6 +199,8 @@ class Service:
         return stream
 
     def _start_seated(self) -> None:
+        if self.engine.failure is not None:
+            return  # All that wait are about to be told.
         while (stream := self._admission.next()) is not None:
             self._seated[stream.group] = stream
             try:
@@ -204,25 +212,22 @@ class Service:
 
     def _notify(self, groups: Sequence[Group]) -> None:
         """On the engine's thread, once per step."""
-        self._loop.call_soon_threadsafe(self._deliver, groups)
+        self._loop.call_soon_threadsafe(self._news.add, groups)
 
-    def _deliver(self, groups: Sequence[Group]) -> None:
-        """Tells the streams of these groups that there is more."""
-        for group in groups:
-            stream = self._seated.get(group)
-            if stream is None:
-                continue
-            if not stream.first_token_told and group.requests[0].first_token_s is not None:
-                stream.first_token_told = True
-                self.observer.on_first_token(stream.call, stream.metrics)
-            if group.finished:
-                del self._seated[group]
-                self._admission.release(group)
-                self._end(stream)
-            else:
-                stream.note_news()
-        if self.engine.failure is not None:
-            self._note_failure()
+    def _tell(self, group: Group) -> None:
+        """Tells the stream of a group that there is more."""
+        stream = self._seated.get(group)
+        if stream is None:
+            return
+        if not stream.first_token_told and group.requests[0].first_token_s is not None:
+            stream.first_token_told = True
+            self.observer.on_first_token(stream.call, stream.metrics)
+        if not group.finished:
+            stream.note_news()
+            return
+        del self._seated[group]
+        self._admission.release(group)
+        self._end(stream)
         self._start_seated()
 
     def _end(self, stream: RequestStream) -> None:
@@ -401,10 +406,16 @@ class Service:
             await asyncio.sleep(_WATCH_S)
         self._note_failure()
 
+    def _note_if_failed(self) -> None:
+        if self.engine.failure is not None:
+            self._note_failure()
+
     def _note_failure(self) -> None:
         if self._failed:
             return
         self._failed = True
+        for group in [group for group in self._seated if group.finished]:
+            self._tell(group)  # What was whole before stays so.
         self.fail_all(self._engine_failed(ErrorKind.INTERNAL))
         for listener in self._on_failure:
             listener()

@@ -42,7 +42,8 @@ class RequestStream:
         self._news = False
         self._waiter: asyncio.Future[None] | None = None
         self._error: ServiceError | None = None
-        self._ended = False
+        self._whole = False  # nothing comes any more
+        self._ended = False  # and that was read
         self._closed = False
         self._partial = partial
         self.first_token_told = False
@@ -125,13 +126,15 @@ class RequestStream:
 
     def note_news(self, end: bool = False) -> None:
         """There is more to read, and with `end` nothing after that."""
+        self._whole |= end
         if end or self._partial:
             self._news = True
             self._wake()
 
     def fail(self, error: ServiceError) -> None:
-        """Ends it with an error unless it has ended or failed before. What was not read is lost."""
-        if not self._ended and self._error is None:
+        """Ends it with an error unless all of it is there or it has failed before. What was not
+        read is lost."""
+        if not self._whole and self._error is None:
             self._error = error
             self._wake()
 

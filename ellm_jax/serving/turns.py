@@ -1,10 +1,13 @@
-"""Keeps a crowd that comes at once from holding up the event loop."""
+"""Keeps a crowd that comes at once, or is told at once, from holding up the event loop."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
+from typing import Generic, TypeVar
+
+_T = TypeVar("_T", bound=Hashable)
 
 
 class Turns:
@@ -70,3 +73,43 @@ class Gradually:
         while self._waiting and self._left > 0:
             self._left -= 1
             self._waiting.popleft()()
+
+
+class Spread(Generic[_T]):
+    """Calls a function with each of many things, so many in an iteration of the event loop. A thing
+    that is added while it waits keeps its place, so that no more wait than there are.
+
+    Belongs to one event loop.
+    """
+
+    def __init__(self, most: int, each: Callable[[_T], None], settled: Callable[[], None]):
+        """Args:
+        most: in one iteration.
+        each: called with a thing.
+        settled: called when none waits any more.
+        """
+        self._most, self._each, self._settled = most, each, settled
+        self._waiting: dict[_T, None] = {}
+        self._scheduled = False
+
+    def add(self, things: Iterable[_T]) -> None:
+        """Has the function called with things: at once with the first, if none waits."""
+        self._waiting |= dict.fromkeys(things)
+        if not self._scheduled:
+            self._scheduled = True
+            self._next()
+
+    def _next(self) -> None:
+        # First, so that a call that fails keeps the others waiting for no more than an iteration.
+        asyncio.get_running_loop().call_soon(self._go_on)
+        for _ in range(min(self._most, len(self._waiting))):
+            thing = next(iter(self._waiting))
+            del self._waiting[thing]
+            self._each(thing)
+
+    def _go_on(self) -> None:
+        self._scheduled = bool(self._waiting)
+        if self._scheduled:
+            self._next()
+        else:
+            self._settled()

@@ -23,7 +23,8 @@ SPARE = 64
 """Places of the server that only refusals and health checks take."""
 
 _RETRY_S = 1.0
-_CHECK_S = 5.0
+_CHECK_S, _REQUEST_S = 5.0, 30.0
+_Answer = Callable[[AsyncIterator[Any], grpc.aio.ServicerContext], Awaitable[None]]
 
 
 class Places(grpc.aio.ServerInterceptor):
@@ -38,7 +39,12 @@ class Places(grpc.aio.ServerInterceptor):
         self._left = {"calls": most, "watches of health": WATCHES_MAX}
         self._most = dict(self._left)
         self._observer = observer
-        self._check = _patient_check(servicer)
+        check = grpc.unary_unary_rpc_method_handler(
+            servicer.Check,
+            health_pb2.HealthCheckRequest.FromString,
+            health_pb2.HealthCheckResponse.SerializeToString,
+        )
+        self._check = _streamed(check, _answering(check, _CHECK_S))
 
     async def intercept_service(
         self,
@@ -53,11 +59,10 @@ class Places(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         kind = "watches of health" if method == WATCH else "calls"
-        name = _field(handler)
-        return handler._replace(**{name: self._placed(kind, getattr(handler, name))})
+        return _streamed(handler, self._placed(kind, _answering(handler, _REQUEST_S)))
 
-    def _placed(self, kind: str, method: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
-        async def placed(request: Any, context: grpc.aio.ServicerContext) -> Any:
+    def _placed(self, kind: str, answer: _Answer) -> _Answer:
+        async def placed(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
             if self._left[kind] <= 0:
                 error = self._full(kind)
                 tell_refused(
@@ -66,10 +71,7 @@ class Places(grpc.aio.ServerInterceptor):
                 await abort(context, error)
             self._left[kind] -= 1
             try:
-                if not inspect.isasyncgenfunction(method):
-                    return await method(request, context)
-                async for message in method(request, context):
-                    await context.write(message)
+                await answer(requests, context)
             finally:
                 self._left[kind] += 1
 
@@ -83,28 +85,44 @@ class Places(grpc.aio.ServerInterceptor):
         )
 
 
-def _field(handler: Any) -> str:
-    """Where a handler has its method."""
-    asked = "stream" if handler.request_streaming else "unary"
-    return f"{asked}_{'stream' if handler.response_streaming else 'unary'}"
-
-
-def _patient_check(servicer: health.aio.HealthServicer) -> grpc.RpcMethodHandler:
-    """Answers `CHECK`, but does not wait for a request for ever: nobody needs a key to open it."""
-
-    async def check(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
-        try:
-            async with asyncio.timeout(_CHECK_S):
-                request = await anext(requests, None)
-        except TimeoutError:
-            request = None
-        if request is None:
-            message = f"no message came within {_CHECK_S:g} s; send one"
-            await abort(context, ServiceError(ErrorKind.INVALID, message))
-        await context.write(await servicer.Check(request, context))
-
+def _streamed(handler: Any, answer: _Answer) -> grpc.RpcMethodHandler:
+    """A handler that answers so; clients see no difference."""
     return grpc.stream_stream_rpc_method_handler(
-        check,
-        health_pb2.HealthCheckRequest.FromString,
-        health_pb2.HealthCheckResponse.SerializeToString,
+        answer, handler.request_deserializer, handler.response_serializer
     )
+
+
+def _answering(handler: Any, request_s: float) -> _Answer:
+    """What a handler of any kind does, as one that reads and writes streams. A single request has
+    to come within so many seconds: until then the call has a place and gives nothing for it."""
+    asked = "stream" if handler.request_streaming else "unary"
+    method = getattr(handler, f"{asked}_{'stream' if handler.response_streaming else 'unary'}")
+
+    async def answer(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> None:
+        request = requests
+        if not handler.request_streaming:
+            request = await _only(requests, request_s, context)
+        if inspect.isasyncgenfunction(method):
+            async for message in method(request, context):
+                await context.write(message)
+            return
+        message = await method(request, context)
+        if not handler.response_streaming:
+            await context.write(message)
+
+    return answer
+
+
+async def _only(
+    requests: AsyncIterator[Any], within_s: float, context: grpc.aio.ServicerContext
+) -> Any:
+    """The request of a call that has one."""
+    try:
+        async with asyncio.timeout(within_s):
+            request = await anext(requests, None)
+        problem = "the call ended without a message"
+    except TimeoutError:
+        request, problem = None, f"no message came within {within_s:g} s"
+    if request is None:
+        await abort(context, ServiceError(ErrorKind.INVALID, f"{problem}; send one"))
+    return request

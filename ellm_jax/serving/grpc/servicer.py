@@ -21,6 +21,7 @@ from ellm_jax.serving.grpc.status import abort, code_of, field_of, message_of
 from ellm_jax.serving.observer import tell_refused
 from ellm_jax.serving.service import Service
 from ellm_jax.serving.tenants import Keys, Tenant
+from ellm_jax.serving.turns import Turns
 
 _log = logging.getLogger(__name__)
 _M = TypeVar("_M", bound=Callable[..., Awaitable[Any]])
@@ -29,13 +30,15 @@ _MAX_DEADLINE_S = 86400.0
 
 
 def _method(method: _M) -> _M:
-    """Answers errors of a method with their status, and refuses fields that nobody knows."""
+    """Answers errors of a method with their status, and refuses fields that nobody knows. Calls
+    that come at once begin in turns."""
 
     @functools.wraps(method)
     async def guarded(self: EngineServicer, request: Any, context: Any) -> Any:
         try:
             if isinstance(request, Malformed):
                 raise request.error
+            await self._turns.wait()
             convert.refuse_unknown_fields(request)
             return await method(self, request, context)
         except ServiceError as error:
@@ -60,6 +63,7 @@ class EngineServicer(ellm_pb2_grpc.EngineServiceServicer):
         self._service = service
         self._keys = keys
         self._stalls = stalls
+        self._turns = Turns()
 
     @_method
     async def Generate(  # noqa: N802
