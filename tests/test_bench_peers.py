@@ -370,6 +370,7 @@ def test_install_only_and_what_cannot_be_asked(
     for wrong, said in [
         (["--threads", "4096"], "may use"),
         (["--long-prompt", "100000"], "context is 1024"),
+        (["--kv-memory", "1KiB"], "--kv-memory has to be"),
         (["--model", str(tmp_path / "none")], "none"),
         (["--model", str(empty)], "no safetensors"),
         (["--picture", str(tmp_path / "no" / "p.png")], "its folder is missing"),
@@ -383,7 +384,7 @@ def test_the_driver_of_transformers_says_what_ours_does(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("torch")
     settings = {"model": str(TINY_MODEL), "precision": "float32", "max_model_len": 256}
-    settings |= {"max_requests": 2, "kv_tokens": 512, "kv_bytes": 1 << 20}
+    settings |= {"max_requests": 2, "kv_limited": False, "kv_tokens": 512, "kv_bytes": 1 << 20}
     launches = Launches([int(CORE)], tmp_path, settings)
     home = tmp_path / "env"
     (home / "bin").mkdir(parents=True)

@@ -20,6 +20,7 @@ from ellm_jax.bench.traces import (
 )
 from ellm_jax.cli import options
 from ellm_jax.cli.console import Failure, note, plain_errors, reading, write_json
+from ellm_jax.config import parse_bytes
 from ellm_jax.scheduler.policy import POLICIES
 
 if TYPE_CHECKING:
@@ -206,6 +207,14 @@ def whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 0")
     return int(text)
+
+
+def size(text: str) -> int:
+    """Reads a number of bytes, as in 64MiB."""
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def positive(text: str) -> int:

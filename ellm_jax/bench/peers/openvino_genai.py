@@ -8,6 +8,8 @@ from typing import Any
 
 _HINTS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "int8": "bf16", "int4": "bf16"}
 _GIB = 2**30
+_BLOCK_TOKENS = 32
+"""Of a block of its KV cache on the CPU."""
 
 
 class _Model:
@@ -18,7 +20,10 @@ class _Model:
 
         self._np, self._openvino, self._genai = np, openvino, openvino_genai
         scheduler = openvino_genai.SchedulerConfig()
-        scheduler.cache_size = -(-settings["kv_bytes"] // _GIB)
+        if settings["kv_limited"]:
+            scheduler.num_kv_blocks = settings["kv_tokens"] // _BLOCK_TOKENS
+        else:
+            scheduler.cache_size = -(-settings["kv_bytes"] // _GIB)
         scheduler.max_num_seqs = settings["max_requests"]
         scheduler.enable_prefix_caching = False
         hint = _HINTS[settings["precision"]]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ellm_jax.bench.peers.session import PeerError
+from ellm_jax.config import format_bytes
 
 _FIRST_TOKEN_ID = 3
 """Lower ids are special in most vocabularies."""
@@ -73,6 +74,7 @@ class PeerWorkload:
         prompt_tokens, output_tokens: of the request that is alone.
         long_prompt_tokens, long_output_tokens: of the long one; 0 prompt tokens leave it out.
         batch: lengths of the requests that come at once; none leave them out.
+        kv_memory_bytes: what engines may have for K and V; None: as much as the requests need.
     """
 
     prompt_tokens: int = 128
@@ -80,6 +82,7 @@ class PeerWorkload:
     long_prompt_tokens: int = 8192
     long_output_tokens: int = 64
     batch: Lengths = ()
+    kv_memory_bytes: int | None = None
 
     def scenarios(self) -> list[Scenario]:
         """What is asked, in order."""
@@ -115,7 +118,10 @@ class PeerWorkload:
                 f"decode behind {self.long_prompt_tokens:,} (tokens/s)"
             )
         if self.batch:
-            titles["batch_tokens_per_s"] = f"{len(self.batch)} requests (output tokens/s)"
+            kv = (
+                "" if self.kv_memory_bytes is None else f", KV {format_bytes(self.kv_memory_bytes)}"
+            )
+            titles["batch_tokens_per_s"] = f"{len(self.batch)} requests{kv} (output tokens/s)"
         return titles | {
             "peak_memory_gib": "peak memory (GiB)",
             "start_s": "start to first token (s)",

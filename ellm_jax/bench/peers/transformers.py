@@ -75,8 +75,10 @@ def load(settings: dict[str, Any]) -> _Model:
     """Loads the checkpoint.
 
     Raises:
-        ValueError: a precision that needs another library.
+        ValueError: a precision that needs another library, or a limit of KV.
     """
     if settings["precision"] not in _DTYPES:
         raise ValueError(f"there is no {settings['precision']} on the CPU without other libraries")
+    if settings["kv_limited"]:
+        raise ValueError("its KV cache is as large as the batch; it takes no limit")
     return _Model(settings)

@@ -14,13 +14,14 @@ _GIB = 2**30
 class _Model:
     def __init__(self, settings: dict[str, Any]):
         cores = sorted(os.sched_getaffinity(0))
-        kv_gib = -(-settings["kv_bytes"] // _GIB)
+        kv_bytes = settings["kv_bytes"]
+        if not settings["kv_limited"]:
+            kv_bytes = -(-kv_bytes // _GIB) * _GIB
         # It binds a thread to each core, and keeps torch at one beside them unless it is told more.
         os.environ.pop("OMP_NUM_THREADS", None)
         # Read when vLLM is imported.
         os.environ |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_KVCACHE_SPACE": str(kv_gib),
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
             "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
             "VLLM_NO_USAGE_STATS": "1",
@@ -35,6 +36,7 @@ class _Model:
             skip_tokenizer_init=True,
             max_model_len=settings["max_model_len"],
             max_num_seqs=settings["max_requests"],
+            kv_cache_memory_bytes=kv_bytes,
             enable_prefix_caching=False,
             disable_log_stats=True,
         )
