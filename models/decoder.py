@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,10 @@ from jax.typing import DTypeLike
 
 from ellm_jax.models.collectives import closed, embedded, scored
 from ellm_jax.models.config import ModelConfig
-from ellm_jax.models.ops import ModelOps
+from ellm_jax.models.ops import HeadNorms, ModelOps
 from ellm_jax.models.params import Held, held_params, param_shapes, scale_of, zero_of
 from ellm_jax.models.quantization import Quantization
-from ellm_jax.models.rope import apply_rotation, rotation
+from ellm_jax.models.rope import rotation
 from ellm_jax.models.shards import CLOSING, WHOLE, Shards
 
 # Per-layer vectors: small enough that a scan may slice them. The matrices stay whole.
@@ -66,6 +66,19 @@ def _product(
         zero = stacked(zero_of(name)) if hasattr(owner, zero_of(name)) else None
         return ops.linear_int4(x, weight, scale, zero, index, outputs, out_dtype)
     return ops.linear(x, stacked(name), index, out_dtype)
+
+
+class Wanted(NamedTuple):
+    """Rows of a step whose hidden states somebody reads: the last layer computes no others once
+    their keys and values are known.
+
+    Attributes:
+        rows: `i32[R]`.
+        ops: the engine's operations, on so many rows.
+    """
+
+    rows: jax.Array
+    ops: ModelOps
 
 
 class Blocks(nnx.Module):
@@ -144,7 +157,12 @@ class Decoder(nnx.Module):
         return {".".join(path): variable[...] for path, variable in flat}
 
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array, ops: ModelOps, cache: Any
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        ops: ModelOps,
+        cache: Any,
+        wanted: Wanted | None = None,
     ) -> tuple[jax.Array, Any]:
         """Run all layers over one step's tokens.
 
@@ -153,40 +171,61 @@ class Decoder(nnx.Module):
             positions: `i32[T]`, of each token in its own sequence.
             ops: the engine's matrix products and attention.
             cache: passed through `ops.attend`, layer by layer.
+            wanted: the rows that the caller reads; None: all T.
 
         Returns:
-            Normalised hidden states `[T, H]` in the model's dtype, and the cache.
+            Normalised hidden states `[T, H]` in the model's dtype, or `[R, H]` of the wanted rows,
+            and the cache.
         """
-        config, blocks, shards = self.config, self.blocks, self.shards
+        config = self.config
         cos, sin = rotation(config.rope, config.head_dim, positions)
+        kv_heads = config.num_kv_heads // self.shards.count
+
+        def mix(
+            x: jax.Array, cache: Any, this: dict[str, jax.Array]
+        ) -> tuple[jax.Array, jax.Array, Any]:
+            h = ops.rms_norm(x, this["attn_norm"], config.norm_eps)
+            norms = None
+            if config.qk_norm:
+                norms = HeadNorms(this["q_norm"], this["k_norm"], config.norm_eps)
+            q, k, v = ops.heads(self._linear(ops, h, "qkv", this), cos, sin, kv_heads, norms)
+            mixed, cache = ops.attend(q, k, v, this["layer"], this["window"], cache)
+            return x, mixed.reshape(x.shape[0], -1), cache
+
+        def finish(
+            ops: ModelOps, x: jax.Array, mixed: jax.Array, this: dict[str, jax.Array]
+        ) -> jax.Array:
+            x = x + self._linear(ops, mixed, "o", this)
+            h = ops.rms_norm(x, this["mlp_norm"], config.norm_eps)
+            gated = ops.silu_mul(self._linear(ops, h, "gate_up", this))
+            return x + self._linear(ops, gated, "down", this)
 
         def block(carry: tuple[jax.Array, Any], this: dict[str, jax.Array]) -> tuple[Any, None]:
-            x, cache = carry
-            layer = this["layer"]
+            x, mixed, cache = mix(*carry, this)
+            return (finish(ops, x, mixed, this), cache), None
 
-            def linear(x: jax.Array, name: str) -> jax.Array:
-                def product(x: jax.Array) -> jax.Array:
-                    return _product(ops, blocks, name, x, layer, self._outputs(f"blocks.{name}"))
-
-                y = closed(shards, product, x) if name in CLOSING else product(x)
-                return y + this[f"{name}_bias"] if f"{name}_bias" in this else y
-
-            h = ops.rms_norm(x, this["attn_norm"], config.norm_eps)
-            q, k, v = self._split_heads(linear(h, "qkv"))
-            if config.qk_norm:
-                q = ops.rms_norm(q, this["q_norm"], config.norm_eps)
-                k = ops.rms_norm(k, this["k_norm"], config.norm_eps)
-            q, k = apply_rotation(q, cos, sin), apply_rotation(k, cos, sin)
-            mixed, cache = ops.attend(q, k, v, layer, this["window"], cache)
-            x = x + linear(mixed.reshape(x.shape[0], -1), "o")
-
-            h = ops.rms_norm(x, this["mlp_norm"], config.norm_eps)
-            x = x + linear(ops.silu_mul(linear(h, "gate_up")), "down")
-            return (x, cache), None
-
-        x = embedded(shards, self.embed[...], tokens, config.vocab_size)
-        (x, cache), _ = lax.scan(block, (x, cache), self._per_layer())
+        carry = embedded(self.shards, self.embed[...], tokens, config.vocab_size), cache
+        layers = self._per_layer()
+        if wanted is None:
+            (x, cache), _ = lax.scan(block, carry, layers)
+        else:
+            carry, _ = lax.scan(block, carry, {name: each[:-1] for name, each in layers.items()})
+            last = {name: each[-1] for name, each in layers.items()}
+            x, mixed, cache = mix(*carry, last)
+            x, ops = finish(wanted.ops, x[wanted.rows], mixed[wanted.rows], last), wanted.ops
         return ops.rms_norm(x, self.final_norm[...], config.norm_eps), cache
+
+    def _linear(
+        self, ops: ModelOps, x: jax.Array, name: str, this: dict[str, jax.Array]
+    ) -> jax.Array:
+        """x times a matrix of a layer, of which `this` is all that is not a matrix."""
+
+        def product(x: jax.Array) -> jax.Array:
+            outputs = self._outputs(f"blocks.{name}")
+            return _product(ops, self.blocks, name, x, this["layer"], outputs)
+
+        y = closed(self.shards, product, x) if name in CLOSING else product(x)
+        return y + this[f"{name}_bias"] if f"{name}_bias" in this else y
 
     def logits(self, hidden: jax.Array, ops: ModelOps) -> jax.Array:
         """Scores of every token of the vocabulary: `[R, H]` in, `f32[R, V]` out."""
@@ -198,16 +237,6 @@ class Decoder(nnx.Module):
         """Of a device's part of it."""
         shape = self.shards.part_shape(matrix, param_shapes(self.config)[matrix])
         return shape[-2]
-
-    def _split_heads(self, qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """`[T, (Hq + 2 Hkv) D]` to `[T, Hq, D]`, `[T, Hkv, D]` and `[T, Hkv, D]`: the device's
-        heads."""
-        config = self.config
-        heads = qkv.reshape(qkv.shape[0], -1, config.head_dim)
-        num_heads = config.num_heads // self.shards.count
-        num_kv_heads = config.num_kv_heads // self.shards.count
-        q, k, v = jnp.split(heads, (num_heads, num_heads + num_kv_heads), axis=1)
-        return q, k, v
 
     def _per_layer(self) -> dict[str, jax.Array]:
         """What the scan over layers slices: the index, the window and the small vectors."""

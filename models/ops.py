@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax.typing import DTypeLike
+
+
+class HeadNorms(NamedTuple):
+    """How each head of q and k is normalised: as `ModelOps.rms_norm` does with a row.
+
+    Attributes:
+        q, k: `[D]`, in the dtype of the heads.
+        eps: added to the mean square.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    eps: float
 
 
 class ModelOps(Protocol):
@@ -102,6 +115,29 @@ class ModelOps(Protocol):
 
         Returns:
             As x.
+        """
+        ...
+
+    def heads(
+        self,
+        qkv: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        num_kv_heads: int,
+        norms: HeadNorms | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Part the heads of fused projections, and turn element i of those of q and k with element
+        i + D/2, in float32.
+
+        Args:
+            qkv: `[T, (Hq + 2 Hkv) D]`: queries, keys, values.
+            cos: `f32[T, D / 2]`; see `rotation`.
+            sin: like `cos`.
+            num_kv_heads: Hkv.
+            norms: of q and k before they are turned; None leaves them.
+
+        Returns:
+            `[T, Hq, D]`, `[T, Hkv, D]` and `[T, Hkv, D]`, in the dtype of qkv.
         """
         ...
 

@@ -73,15 +73,17 @@ def rotation(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax
         positions: `i32[T]`, token positions in their sequences.
 
     Returns:
-        Two `f32[T, 1, D / 2]`.
+        Two `f32[T, D / 2]`.
     """
     angles = positions.astype(jnp.float32)[:, None] * inverse_frequencies(rope, head_dim)
     factor = rope.attention_factor
-    return jnp.cos(angles)[:, None, :] * factor, jnp.sin(angles)[:, None, :] * factor
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def apply_rotation(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn dimension i of every head with dimension i + D/2; `[T, H, D]` in, the same out."""
+    """Turn dimension i of every head with dimension i + D/2, by cosines and sines `[T, D / 2]`;
+    `[T, H, D]` in, the same out."""
+    cos, sin = cos[:, None, :], sin[:, None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)

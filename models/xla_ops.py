@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from ellm_jax.models.ops import HeadNorms
+from ellm_jax.models.rope import apply_rotation
+
 
 class XlaOps:
     """`ModelOps` without a cache: the tokens are one sequence from its start. Differentiable."""
@@ -85,6 +88,23 @@ class XlaOps:
         wide = x.astype(jnp.float32)
         inverse = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
         return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+
+    def heads(
+        self,
+        qkv: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        num_kv_heads: int,
+        norms: HeadNorms | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """See `ModelOps.heads`."""
+        heads = qkv.reshape(qkv.shape[0], -1, 2 * cos.shape[-1])
+        num_heads = heads.shape[1] - 2 * num_kv_heads
+        q, k, v = jnp.split(heads, (num_heads, num_heads + num_kv_heads), axis=1)
+        if norms is not None:
+            q = self.rms_norm(q, norms.q, norms.eps)
+            k = self.rms_norm(k, norms.k, norms.eps)
+        return apply_rotation(q, cos, sin), apply_rotation(k, cos, sin), v
 
     def silu_mul(self, gate_up: jax.Array) -> jax.Array:
         """See `ModelOps.silu_mul`."""

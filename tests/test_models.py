@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ellm_jax.checkpoint import load_model, read_config
 from ellm_jax.models import ModelConfigError, config_from_hf, param_shapes
 from ellm_jax.models.config import RopeConfig
-from ellm_jax.models.decoder import Decoder
+from ellm_jax.models.decoder import Decoder, Wanted
 from ellm_jax.models.rope import inverse_frequencies
 from ellm_jax.models.xla_ops import XlaOps
 
@@ -298,10 +298,12 @@ class RecordingOps(XlaOps):
 
     def __init__(self) -> None:
         self.weights: list[tuple[int, ...]] = []
+        self.rows: list[int] = []
         self.attended: list[tuple[tuple[int, ...], ...]] = []
 
     def linear(self, x: jax.Array, weight: jax.Array, layer: jax.Array, *out: Any) -> jax.Array:
         self.weights.append(weight.shape)
+        self.rows.append(x.shape[0])
         assert layer.dtype == jnp.int32
         return super().linear(x, weight, layer, *out)
 
@@ -321,6 +323,29 @@ def test_ops_get_whole_weights_once_and_the_cache_is_threaded() -> None:
     ], "each matrix is handed over stacked, and traced once for all layers"
     assert ops.attended == [((5, 4, 32), (5, 2, 32), (5, 2, 32), ())]
     assert cache == config.num_layers
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_wanted_rows_are_those_of_all(family: str, layers: int) -> None:
+    config = config_from_hf(raw_config(family, head_dim=32, num_hidden_layers=layers))
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(layers)
+    tokens = jnp.asarray(rng.integers(0, config.vocab_size, 20), jnp.int32)
+    rows = jnp.asarray([19, 3, 3], jnp.int32)
+    whole, few = RecordingOps(), RecordingOps()
+
+    @jax.jit
+    def both(tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        positions, cache = jnp.arange(20), jnp.int32(0)
+        every, _ = model(tokens, positions, whole, cache)
+        some, cache = model(tokens, positions, few, cache, Wanted(rows, few))
+        return every[rows], some, cache
+
+    every, some, cache = both(tokens)
+    assert np.abs(np.asarray(every) - np.asarray(some)).max() < 1e-5
+    assert cache == layers, "a layer's keys and values are missing"
+    assert few.rows[-3:] == [3, 3, 3], "the last layer computes rows that nobody wants"
 
 
 def test_few_leaves_and_a_static_graph() -> None:

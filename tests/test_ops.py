@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ellm_jax import _native
+from ellm_jax.models.ops import HeadNorms
 from ellm_jax.runtime import ops
 from ellm_jax.runtime.batch import Span, StepLayout, StepShape
 
@@ -253,6 +254,59 @@ def test_rms_norm(dtype, shape):
     assert not out[shape[0] :].astype(np.float32).any()
 
 
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("rows", "num_heads", "num_kv_heads", "dim"),
+    [(5, 4, 2, 64), (70, 12, 4, 64), (3, 2, 1, 24), (1, 1, 1, 2), (9, 3, 3, 80), (2, 2, 2, 1024)],
+)
+def test_heads(dtype, rows, num_heads, num_kv_heads, dim, normed):
+    rng = np.random.default_rng([rows, dim])
+    tokens, counts = rows + 2, (num_heads, num_kv_heads, num_kv_heads)
+    qkv = rng.standard_normal((tokens, sum(counts) * dim)).astype(DTYPES[dtype])
+    angles = rng.uniform(-9, 9, (tokens, dim // 2))
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    scales = [rng.standard_normal(dim).astype(DTYPES[dtype]) for _ in range(2)]
+    norms = HeadNorms(*scales, 1e-5) if normed else None
+    used = np.array([rows], np.int32)
+
+    def run(*arrays):
+        return ops.heads(*arrays, used, num_kv_heads, norms)
+
+    got = [np.asarray(each) for each in jax.jit(run)(qkv, cos, sin)]
+    parts = np.split(qkv.reshape(tokens, -1, dim), np.cumsum(counts)[:2], axis=1)
+    for index, (out, heads) in enumerate(zip(got, parts, strict=True)):
+        assert out.shape == heads.shape
+        assert not out[rows:].astype(np.float32).any()
+        wide = heads[:rows].astype(np.float64)
+        if index == 2:
+            np.testing.assert_array_equal(out[:rows], heads[:rows])
+            continue
+        if normed:
+            mean_square = np.square(wide).mean(axis=-1, keepdims=True)
+            wide = wide / np.sqrt(mean_square + 1e-5) * scales[index].astype(np.float64)
+        first, second = np.split(wide, 2, axis=-1)
+        c, s = (each[:rows, None].astype(np.float64) for each in (cos, sin))
+        want = np.concatenate([first * c - second * s, second * c + first * s], axis=-1)
+        # What is normalised is rounded before it is turned.
+        assert relative_error(out[:rows], want) < (1e-6 if dtype == "float32" else 8e-3)
+
+
+def test_heads_that_do_not_fit():
+    def run(width, dim, norm=0):
+        norms = HeadNorms(np.zeros(norm, np.float32), np.zeros(norm, np.float32), 0.0)
+        turn = np.zeros((3, dim // 2), np.float32)
+        qkv = np.zeros((3, width), np.float32)
+        return ops.heads(qkv, turn, turn, np.array([3], np.int32), 1, norms)
+
+    assert run(4 * 8, 8)[0].shape == (3, 2, 8)
+    for wrong in (dict(width=4 * 8 + 1, dim=8), dict(width=32, dim=8, norm=7)):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit"):
+            run(**wrong)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="there may be 1024"):
+        run(4 * 2048, 2048)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("rows", "n"), [(5, 64), (40, 33), (1, 1)])
 def test_silu_mul(dtype, rows, n):
@@ -289,7 +343,7 @@ def test_there_is_no_likeliest_where_a_score_is_nan(at):
     assert ops.likeliest(scores, np.array([3], np.int32)).tolist() == [0, -1, 0]
 
 
-@pytest.mark.parametrize("operation", ["rms_norm", "silu_mul"])
+@pytest.mark.parametrize("operation", ["rms_norm", "silu_mul", "heads"])
 def test_row_operations_are_the_same_to_the_bit_in_any_batch(operation):
     """What XLA does not promise, and why these are native."""
     rng = np.random.default_rng(9)
@@ -300,6 +354,10 @@ def test_row_operations_are_the_same_to_the_bit_in_any_batch(operation):
         used = np.array([len(rows)], np.int32)
         if operation == "rms_norm":
             return np.asarray(ops.rms_norm(rows, scale, used, 1e-5))
+        if operation == "heads":
+            turn = np.full((len(rows), 10), 0.3, np.float32)
+            norms = HeadNorms(scale[:20], scale[20:40], 1e-5)
+            return np.asarray(ops.heads(rows, turn, turn, used, 1, norms)[0])
         return np.asarray(ops.silu_mul(rows, used))
 
     whole = run(x)

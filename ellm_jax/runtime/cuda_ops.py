@@ -193,7 +193,8 @@ class CudaOps(XlaOps):
         """See `ModelOps.linear`. Never in TF32: float32 is there to be exact."""
         return lax.dot_general(
             x,
-            # Indexed so that XLA sees a plain slice at the loop's counter; see COMPILER_OPTIONS.
+            # Indexed so that XLA sees a plain slice, at the loop's counter or of the last layer;
+            # see COMPILER_OPTIONS.
             lax.dynamic_index_in_dim(weight, layer, keepdims=False, allow_negative_indices=False),
             (((1,), (1,)), ((), ())),
             precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,9 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from ellm_jax import _native
+
+if TYPE_CHECKING:
+    from ellm_jax.models.ops import HeadNorms
 
 
 @functools.cache
@@ -175,6 +179,40 @@ def rms_norm(x: jax.Array, scale: jax.Array, rows: jax.Array, eps: float) -> jax
     return out
 
 
+def heads(
+    qkv: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    rows: jax.Array,
+    num_kv_heads: int,
+    norms: HeadNorms | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Parts the heads of fused projections, and turns those of q and k, as `ModelOps.heads` says.
+
+    Args:
+        qkv: `[T, (Hq + 2 Hkv) D]`, float32 or bfloat16; D at most 1,024.
+        cos: `f32[T, D / 2]`.
+        sin: `f32[T, D / 2]`.
+        rows: `i32[1]`, tokens in use; the rest of the results is zero.
+        num_kv_heads: Hkv.
+        norms: of q and k before they are turned, or None.
+
+    Returns:
+        `[T, Hq, D]`, `[T, Hkv, D]` and `[T, Hkv, D]`.
+    """
+    tokens, dim = qkv.shape[0], 2 * cos.shape[-1]
+    num_heads = qkv.shape[1] // dim - 2 * num_kv_heads
+    shapes = [
+        jax.ShapeDtypeStruct((tokens, count, dim), qkv.dtype)
+        for count in (num_heads, num_kv_heads, num_kv_heads)
+    ]
+    none = jnp.zeros((0,), qkv.dtype)
+    q_norm, k_norm, eps = (none, none, 0.0) if norms is None else norms
+    call = jax.ffi.ffi_call("ellm_heads", shapes)
+    q, k, v = call(qkv, cos, sin, q_norm, k_norm, rows, eps=np.float32(eps))
+    return q, k, v
+
+
 def silu_mul(gate_up: jax.Array, rows: jax.Array) -> jax.Array:
     """`silu(gate) * up` in float32.
 
@@ -258,6 +296,17 @@ class NativeOps:
     def rms_norm(self, x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
         """See `ModelOps.rms_norm`."""
         return rms_norm(x, scale, self._rows, eps)
+
+    def heads(
+        self,
+        qkv: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        num_kv_heads: int,
+        norms: HeadNorms | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """See `ModelOps.heads`; rows past those in use are zero."""
+        return heads(qkv, cos, sin, self._rows, num_kv_heads, norms)
 
     def silu_mul(self, gate_up: jax.Array) -> jax.Array:
         """See `ModelOps.silu_mul`."""

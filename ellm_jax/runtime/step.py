@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from ellm_jax.models.decoder import Decoder
+from ellm_jax.models.decoder import Decoder, Wanted
 from ellm_jax.runtime import sampler
 from ellm_jax.runtime.backend import Likeliest, OpsFactory
 from ellm_jax.runtime.batch import StepLayout, Unpacked, resolve_tokens
@@ -78,6 +78,8 @@ def build_step(
     (i32[S, ceil(V / 32)], see `sampler.sample`); in all others nothing of that is compiled.
     """
     together = sampling != "any"
+    # Prompts: most rows of the last layer are of no use once their keys and values are known.
+    only_last = not mode.prompt_logprobs and layout.shape.rows > layout.shape.seqs
 
     def step(
         weights: Any,
@@ -90,9 +92,11 @@ def build_step(
         model = nnx.merge(graph, weights)
         batch = layout.unpack(meta)
         tokens = resolve_tokens(batch.tokens, carry.last_tokens)
-        hidden, epoch = model(tokens, batch.positions, make_ops(meta, batch.num_rows), carry.epoch)
-        last = hidden[batch.sample_rows]
-        logits = model.logits(last, make_ops(meta, batch.num_samples))
+        ops, last_ops = make_ops(meta, batch.num_rows), make_ops(meta, batch.num_samples)
+        wanted = Wanted(batch.sample_rows, last_ops) if only_last else None
+        hidden, epoch = model(tokens, batch.positions, ops, carry.epoch, wanted)
+        last = hidden if only_last else hidden[batch.sample_rows]
+        logits = model.logits(last, last_ops)
         if sampling == "greedy":
             chosen = sampler.greedy(logits, allowed, together=together)
         elif likeliest is None or mode.masked:

@@ -6,6 +6,7 @@
 namespace ellm {
 
 extern "C" XLA_FFI_Error* attention_handler(XLA_FFI_CallFrame* call_frame);
+extern "C" XLA_FFI_Error* heads_handler(XLA_FFI_CallFrame* call_frame);
 extern "C" XLA_FFI_Error* likeliest_handler(XLA_FFI_CallFrame* call_frame);
 extern "C" XLA_FFI_Error* linear_handler(XLA_FFI_CallFrame* call_frame);
 extern "C" XLA_FFI_Error* linear_int4_handler(XLA_FFI_CallFrame* call_frame);

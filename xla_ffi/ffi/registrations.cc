@@ -15,6 +15,7 @@ nanobind::capsule capsule(XLA_FFI_Error* (*handler)(XLA_FFI_CallFrame*)) {
 nanobind::dict ffi_registrations() {
   nanobind::dict registrations;
   registrations["ellm_attention"] = capsule(attention_handler);
+  registrations["ellm_heads"] = capsule(heads_handler);
   registrations["ellm_likeliest"] = capsule(likeliest_handler);
   registrations["ellm_linear"] = capsule(linear_handler);
   registrations["ellm_linear_int4"] = capsule(linear_int4_handler);

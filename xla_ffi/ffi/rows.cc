@@ -1,11 +1,8 @@
 // XLA FFI handlers of the row-wise operations `ellm_rms_norm`, `ellm_silu_mul` and
 // `ellm_likeliest`.
-#include <cstring>
-#include <string>
-
 #include "ffi/element_type.h"
 #include "ffi/handlers.h"
-#include "ffi/thread_pool.h"
+#include "ffi/used_rows.h"
 #include "kernels/cpu/dispatch.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -14,34 +11,6 @@ namespace ellm {
 namespace xf = xla::ffi;
 
 namespace {
-
-// Elements a thread takes at a time; fewer are not worth handing out, which takes as long as the
-// norm of some 100,000.
-constexpr int64_t kElementsPerUnit = 64 * 1024;
-
-xf::Error refuse(const std::string& message) {
-  return xf::Error(xf::ErrorCode::kInvalidArgument, message);
-}
-
-// The rows in use of a [T, ...] operand whose leading dimension counts `per_token` rows a token;
-// the rest of `out` becomes zero. Calls body(first row, rows).
-template <class Body>
-xf::Error for_rows(xf::ThreadPool pool, xf::Buffer<xf::S32> used_tokens, int64_t tokens,
-                   int64_t per_token, int64_t out_row_bytes, void* out, int64_t row_elements,
-                   Body body) {
-  const int64_t used = used_tokens.typed_data()[0];
-  if (used < 0 || used > tokens) {
-    return refuse(std::to_string(used) + " tokens in use of " + std::to_string(tokens));
-  }
-  const int64_t rows = used * per_token;
-  const int64_t step = std::max<int64_t>(1, kElementsPerUnit / std::max<int64_t>(1, row_elements));
-  XlaParallel parallel(pool);
-  parallel((rows + step - 1) / step,
-           [&](int64_t unit) { body(unit * step, std::min(step, rows - unit * step)); });
-  std::memset(static_cast<char*>(out) + rows * out_row_bytes, 0,
-              (tokens - used) * per_token * out_row_bytes);
-  return xf::Error::Success();
-}
 
 // x [T, N] or [T, heads, N], scale [N], rows s32[1] -> like x.
 xf::Error rms_norm_impl(xf::ThreadPool pool, xf::AnyBuffer x, xf::AnyBuffer scale,
@@ -55,14 +24,15 @@ xf::Error rms_norm_impl(xf::ThreadPool pool, xf::AnyBuffer x, xf::AnyBuffer scal
     return refuse("ellm_rms_norm: x [T, N] or [T, heads, N] and scale [N] do not fit");
   }
   const int64_t n = xd.back();
-  const int64_t bytes = n * element_bytes(type);
+  const int64_t heads = xd.size() == 3 ? xd[1] : 1;
+  const int64_t bytes = heads * n * element_bytes(type);
   const auto* from = static_cast<const char*>(x.untyped_data());
   auto* to = static_cast<char*>(out->untyped_data());
-  return for_rows(pool, rows, xd[0], xd.size() == 3 ? xd[1] : 1, bytes, to, n,
-                  [&](int64_t first, int64_t count) {
-                    kernels().rms_norm(from + first * bytes, scale.untyped_data(),
-                                       to + first * bytes, type, count, n, eps);
-                  });
+  return for_used_rows(pool, rows, xd[0], heads * n, {{to, bytes}},
+                       [&](int64_t first, int64_t count) {
+                         kernels().rms_norm(from + first * bytes, scale.untyped_data(),
+                                            to + first * bytes, type, count * heads, n, eps);
+                       });
 }
 
 // x [T, 2 N], rows s32[1] -> [T, N].
@@ -79,7 +49,7 @@ xf::Error silu_mul_impl(xf::ThreadPool pool, xf::AnyBuffer x, xf::Buffer<xf::S32
   const int64_t bytes = n * element_bytes(type);
   const auto* from = static_cast<const char*>(x.untyped_data());
   auto* to = static_cast<char*>(out->untyped_data());
-  return for_rows(pool, rows, xd[0], 1, bytes, to, n, [&](int64_t first, int64_t count) {
+  return for_used_rows(pool, rows, xd[0], n, {{to, bytes}}, [&](int64_t first, int64_t count) {
     kernels().silu_mul(from + first * 2 * bytes, to + first * bytes, type, count, n);
   });
 }
@@ -93,8 +63,8 @@ xf::Error likeliest_impl(xf::ThreadPool pool, xf::Buffer<xf::F32> scores, xf::Bu
   }
   const float* from = scores.typed_data();
   int32_t* to = out->typed_data();
-  return for_rows(
-      pool, rows, sd[0], 1, sizeof(int32_t), to, sd[1], [&](int64_t first, int64_t count) {
+  return for_used_rows(
+      pool, rows, sd[0], sd[1], {{to, sizeof(int32_t)}}, [&](int64_t first, int64_t count) {
         for (int64_t row = first; row < first + count; ++row) {
           to[row] = static_cast<int32_t>(kernels().likeliest(from + row * sd[1], sd[1]));
         }
