@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 from collections.abc import Collection
@@ -23,16 +24,28 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     `jax.device_put` of it on the CPU aliases the memory and keeps it alive; nothing may write to
     it after that. What is large is given back to the system when the last reference goes, where
     the heap would keep a block of a layer for the next one.
+
+    Raises:
+        MemoryError: the system has no more.
     """
     size_bytes = math.prod(shape) * dtype.itemsize
     if size_bytes >= _OWN_PAGES_BYTES:
-        pages = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            pages.madvise(mmap.MADV_HUGEPAGE)
-        return np.frombuffer(pages, dtype).reshape(shape)
+        return np.frombuffer(_pages(size_bytes), dtype).reshape(shape)
     raw = np.empty(size_bytes + ALIGNMENT_BYTES, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT_BYTES
     return raw[start : start + size_bytes].view(dtype).reshape(shape)
+
+
+def _pages(size_bytes: int) -> mmap.mmap:
+    try:
+        pages = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(
+            f"the system has no {size_bytes:,} bytes for a parameter ({error}); end something else"
+        ) from error
+    with contextlib.suppress(AttributeError, OSError):  # Not every system has huge pages.
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
 
 
 def blocks_of(name: str, shape: tuple[int, ...], by_layer: Collection[str]) -> list[range]:
