@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 from ellm_jax._native import OutOfMemory
 from ellm_jax.checkpoint import (
     load_model,
@@ -24,6 +22,7 @@ from ellm_jax.executor import DeviceExecutor
 from ellm_jax.host_loop import HostLoop
 from ellm_jax.memory.events import EventLog
 from ellm_jax.memory.host_tier import HostTier
+from ellm_jax.memory.kv_format import kv_format
 from ellm_jax.memory.ledger import Ledger
 from ellm_jax.models.config import ModelConfig
 from ellm_jax.models.decoder import Decoder
@@ -82,7 +81,7 @@ def assemble(
         CheckpointError: the checkpoint is missing, damaged or not supported.
         DeviceError: there is no such device, or JAX was set up in another way before.
         ValueError: `max_model_len` is more than the model can, or it cannot be divided so, or the
-            device has no quantised weights.
+            device has no quantised weights, or no int8 KV.
         MemoryError: `device_memory` does not hold the weights and the smallest step.
     """
     model_config = read_config(path)
@@ -103,11 +102,16 @@ def assemble(
             f"quantization={config.quantization!r}: the {device.platform} backend takes weights "
             "in float32 and bfloat16 only; leave quantization out, or use device='cpu'"
         )
+    if config.kv_dtype != "auto" and device.platform != "cpu":
+        raise ValueError(
+            f"kv_dtype={config.kv_dtype!r}: the {device.platform} backend holds K and V in what it "
+            "computes in; leave kv_dtype out, or use device='cpu'"
+        )
     limit_bytes = config.device_memory_bytes
     if limit_bytes is None:
         limit_bytes = device.default_limit_bytes()
-    element_bytes = 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
-    layout = device.choose_layout(model_config, element_bytes, max_model_len, config.max_num_seqs)
+    held = kv_format(config.kv_dtype, dtype)
+    layout = device.choose_layout(model_config, held, max_model_len, config.max_num_seqs)
     pool = device.make_pool(layout.chunk_bytes, limit_bytes)
     quantization: str | Quantization | None = config.quantization
     if device.platform == "cpu" and config.load_format != "dummy":

@@ -21,6 +21,9 @@ LOAD_FORMATS = ("auto", "dummy")
 QUANTIZATIONS = ("int8", "int4", "int4-g128")
 """How weights may be held in less than the dtype of the computation."""
 
+KV_DTYPES = ("auto", "int8")
+"""In what K and V are held."""
+
 _MAX_BYTES = 2**60
 POLICY_NAMES = ("elastic", "intra", "inter", "static-chunked", "static")
 """How memory is divided; see `ellm_jax.scheduler.policy`."""
@@ -92,11 +95,14 @@ class EngineConfig:
         dtype: "float32" or "bfloat16"; None: the checkpoint's own, float16 becoming bfloat16.
         quantization: "int8": the matrices of linear layers and of the output head are quantised
             when they are loaded, each output with a scale of its own, and what they multiply is
-            quantised row by row as it comes; embeddings, norms and KV stay in `dtype`. About half
-            the bytes of bfloat16. "int4": four bits, each 32 inputs of an output with a scale of
+            quantised row by row as it comes; embeddings and norms stay in `dtype`. About half the
+            bytes of bfloat16. "int4": four bits, each 32 inputs of an output with a scale of
             their own, "int4-g128" each 128; the output head is int8. About a quarter of the bytes.
             On the CPU only. None: weights as the checkpoint has them, which may be quantised
             already (GPTQ, AWQ, compressed-tensors in 4 or 8 bits).
+        kv_dtype: "int8": K and V are held in int8, each row of a head with a scale of its own, so
+            that the same memory holds about twice the tokens of bfloat16, and attention to long
+            contexts reads half as much. On the CPU only. "auto": in `dtype`.
         max_model_len: most tokens of prompt and output together; None: the model's context.
         max_num_seqs: most requests that run at once; at most 4096.
         max_batch_tokens: most tokens of a step, at most 65536; longer prompts are prefilled in
@@ -127,6 +133,7 @@ class EngineConfig:
     load_format: str = "auto"
     dtype: str | None = None
     quantization: str | None = None
+    kv_dtype: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_batch_tokens: int | None = None
@@ -158,6 +165,7 @@ class EngineConfig:
                 f"quantization={self.quantization!r}: there is {', '.join(QUANTIZATIONS)}; "
                 "leave it out for weights in dtype"
             )
+        _check_choice("kv_dtype", self.kv_dtype, KV_DTYPES)
         for name, most in _MAX_COUNTS.items():
             _check_count(name, getattr(self, name), most)
         parse_bytes(self.host_memory)

@@ -25,7 +25,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-LONGEST = ("test_tensor_parallel.py", "test_int8.py", "test_engine.py", "test_elastic.py")
+LONGEST = (
+    "test_tensor_parallel.py",
+    "test_int8.py",
+    "test_kv_int8.py",
+    "test_engine.py",
+    "test_elastic.py",
+)
 """Files that take minutes come first, so that no process is left alone with one at the end."""
 
 

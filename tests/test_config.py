@@ -22,6 +22,8 @@ NAN, INF = float("nan"), float("inf")
         ("device_memory", "9" * 400 + "GiB", "above 1 EiB"),
         ("dtype", "int8", "float32 or bfloat16"),
         ("quantization", "int9", "there is int8"),
+        ("kv_dtype", "int4", "there are auto, int8; leave it out for auto"),
+        ("kv_dtype", None, "there are auto, int8"),
         ("max_model_len", 0, "at least 1"),
         ("max_num_seqs", 0, "at least 1"),
         ("max_num_seqs", 4097, "at most 4096"),

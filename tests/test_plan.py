@@ -160,11 +160,11 @@ def test_estimated_needs_are_near_what_xla_says(tiny_checkpoint):
 
 def test_a_derived_cost_reads_weights_once_and_multiplies_twice(tiny_checkpoint):
     config = read_config(tiny_checkpoint("llama"))
-    cost = derived_cost(config, 10**9, 4, 1e12, 1e11, 1e10)
+    token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
+    cost = derived_cost(config, 10**9, token_bytes, 1e12, 1e11, 1e10)
     assert cost.fixed_s == pytest.approx(0.01)
     parameters = weights_bytes(config, "float32") / 4 - config.vocab_size * config.hidden_size
     assert cost.row_s == pytest.approx(2 * parameters / 1e12)
-    token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
     assert cost.decode_pair_s > token_bytes / 1e11
 
 
@@ -210,6 +210,23 @@ def test_a_table_for_people(capsys):
     assert out.splitlines()[0].split() == ["elastic", "static"]
     for row in ("requests/s", "goodput req/s", "largest batch", "TTFT p99 ms", "kv at most"):
         assert f"\n{row} " in out
+
+
+def test_int8_kv_takes_more_requests_at_once(tmp_path, capsys):
+    trace = tmp_path / "trace.jsonl"
+    asked = {"arrival_s": 0.0, "prompt_len": 200, "output_len": 50}
+    trace.write_text("\n".join([json.dumps(asked)] * 60))
+    largest = {}
+    for kv_dtype in ("auto", "int8"):
+        code, out, err = plan(
+            *("--trace", str(trace), "--device-memory", "16MiB", "--flops", "1e12"),
+            *("--bandwidth", "100GB", "--policy", "elastic", "--json", "--kv-dtype", kv_dtype),
+            capsys=capsys,
+        )
+        assert code == 0, err
+        report = json.loads(out)
+        largest[kv_dtype] = report["policies"]["elastic"]["largest_batch"]
+    assert largest["int8"] > largest["auto"]
 
 
 def test_needs_may_come_with_the_cost(tmp_path, capsys):

@@ -291,14 +291,15 @@ def test_sums_over_divided_inputs(name, tiny_checkpoint, make_pair, monkeypatch)
         assert [entry.logprob for entry in entries] == pytest.approx(e.logprobs, abs=1e-4)
 
 
+@pytest.mark.parametrize("held", [{"quantization": "int8"}, {"kv_dtype": "int8"}])
 @pytest.mark.parametrize("name", ["llama_bias_linear", "qwen2_tied"])
-def test_int8_weights_answer_as_on_one_device(name, tiny_checkpoint, make_engine, make_pair):
+def test_int8_answers_as_on_one_device(name, held, tiny_checkpoint, make_engine, make_pair):
     path = tiny_checkpoint(name)
     prompts = [list(range(5, 5 + n)) for n in (3, 20, 70)]
     params = greedy(12, logprobs=0)
     answers = []
     for make in (make_engine, make_pair):
-        engine = make(path, dtype="bfloat16", quantization="int8", max_batch_tokens=32)
+        engine = make(path, dtype="bfloat16", max_batch_tokens=32, **held)
         outputs = engine.generate(prompts, params)
         logprobs = [[entry.logprob for entry in o.outputs[0].logprobs] for o in outputs]
         answers.append(([list(o.token_ids) for o in outputs], logprobs))

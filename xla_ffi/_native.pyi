@@ -125,9 +125,11 @@ class KvLayout:
         max_tokens: int,
         num_slots: int,
         granularity_bytes: int = 4096,
+        scale_bytes: int = 0,
     ) -> KvLayout:
         """The layout that wastes least, in chunks of at least `granularity_bytes`, the device's
-        (see `granularity_bytes()`). Raises `ValueError` for sizes that cannot be."""
+        (see `granularity_bytes()`). With `scale_bytes=4`, elements are int8 (`element_bytes=1`) and
+        each row of `head_dim` has a float32 scale. Raises `ValueError` for sizes that cannot be."""
 
     @property
     def layers(self) -> int: ...
@@ -137,6 +139,10 @@ class KvLayout:
     def head_dim(self) -> int: ...
     @property
     def element_bytes(self) -> int: ...
+    @property
+    def scale_bytes(self) -> int:
+        """Of a row of elements; 0: none."""
+
     @property
     def tile_tokens(self) -> int:
         """Tokens per chunk."""
@@ -155,7 +161,7 @@ class KvLayout:
 
     @property
     def token_bytes(self) -> int:
-        """K and V of one token in all layers."""
+        """K and V of one token in all layers, scales included."""
 
     @property
     def reserved_bytes(self) -> int:

@@ -33,17 +33,20 @@ void bind_layout(nb::module_& m) {
       .def_static(
           "choose",
           [](int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t element_bytes,
-             int64_t max_tokens, int64_t num_slots, int64_t granularity_bytes) {
+             int64_t max_tokens, int64_t num_slots, int64_t granularity_bytes,
+             int64_t scale_bytes) {
             return value_or_raise(KvLayout::Choose(layers, kv_heads, head_dim, element_bytes,
-                                                   max_tokens, num_slots, granularity_bytes));
+                                                   max_tokens, num_slots, granularity_bytes,
+                                                   scale_bytes));
           },
           "layers"_a, "kv_heads"_a, "head_dim"_a, "element_bytes"_a, "max_tokens"_a, "num_slots"_a,
-          "granularity_bytes"_a = 4096,
+          "granularity_bytes"_a = 4096, "scale_bytes"_a = 0,
           "The layout that wastes least. Raises ValueError for sizes that cannot be.")
       .def_ro("layers", &KvLayout::layers)
       .def_ro("kv_heads", &KvLayout::kv_heads)
       .def_ro("head_dim", &KvLayout::head_dim)
       .def_ro("element_bytes", &KvLayout::element_bytes)
+      .def_ro("scale_bytes", &KvLayout::scale_bytes)
       .def_ro("tile_tokens", &KvLayout::tile_tokens)
       .def_ro("chunk_bytes", &KvLayout::chunk_bytes)
       .def_ro("slot_bytes", &KvLayout::slot_bytes)

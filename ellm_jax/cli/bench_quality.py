@@ -1,4 +1,4 @@
-"""`ellm bench quality`: what quantised weights cost in quality, on a text."""
+"""`ellm bench quality`: what quantised weights, and K and V in int8, cost in quality, on a text."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ _EXAMPLES = """\
 examples:
   ellm bench quality --text book.txt --model ./my-model --quantization int8
   ellm bench quality --text book.txt --quantization int4 --window 512 --json
+  ellm bench quality --text book.txt --kv-dtype int8
 
-Reads the text twice, in windows: with the model's weights as they are, and quantised. Says the
-perplexity of both, and how far the log probabilities of the text's tokens are apart.
+Reads the text twice, in windows: with the model's weights, K and V as they are, and as
+--quantization and --kv-dtype say. Says the perplexity of both, and how far the log probabilities
+of the text's tokens are apart.
 """
 
 
@@ -23,9 +25,9 @@ def add_kind(kinds: Any) -> None:
     """Adds the kind to the parser."""
     parser = kinds.add_parser(
         "quality",
-        help="what quantised weights cost in quality",
-        description="Compares perplexity and log probabilities on a text with those of the weights "
-        "as they are.",
+        help="what quantised weights, K and V cost in quality",
+        description="Compares perplexity and log probabilities on a text with those of weights, K "
+        "and V as they are.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -50,14 +52,14 @@ def _run(args: argparse.Namespace) -> int:
 
     with plain_errors():
         config = options.engine_config(args)
-    if config.quantization is None:
-        raise Failure("there is nothing to compare; give --quantization int8")
+    plain = dataclasses.replace(config, quantization=None, kv_dtype="auto")
+    if config == plain:
+        raise Failure("there is nothing to compare; give --quantization int8 or --kv-dtype int8")
     with reading(args.text) as file:
         text = file.read()
     readings = []
     pieces: list[list[int]] = []
-    for quantization in (None, config.quantization):
-        ours = dataclasses.replace(config, quantization=quantization)
+    for ours in (plain, config):
         with plain_errors(), Engine.from_pretrained(args.model, ours) as engine:
             if engine.tokenizer is None:
                 raise Failure("the model has no tokenizer.json, so no text can be read with it")
@@ -71,5 +73,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         write_json({"kind": "quality", "dtype": dtype, **dataclasses.asdict(found)})
     else:
-        print(quality.quality_table(found, (dtype, str(config.quantization))))
+        kv = "" if config.kv_dtype == "auto" else f"{config.kv_dtype} KV"
+        after = ", ".join(name for name in (config.quantization, kv) if name)
+        print(quality.quality_table(found, (dtype, after)))
     return 0

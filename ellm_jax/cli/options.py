@@ -14,7 +14,14 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from ellm_jax.config import DEVICES, LOAD_FORMATS, POLICY_NAMES, QUANTIZATIONS, EngineConfig
+from ellm_jax.config import (
+    DEVICES,
+    KV_DTYPES,
+    LOAD_FORMATS,
+    POLICY_NAMES,
+    QUANTIZATIONS,
+    EngineConfig,
+)
 from ellm_jax.sampling import MIN_TEMPERATURE, SamplingParams
 from ellm_jax.serving.settings import LOG_LEVELS, ServeConfig
 from ellm_jax.structured.output import StructuredOutput
@@ -35,6 +42,7 @@ _METAVARS = {
     "load_format": "{" + ",".join(LOAD_FORMATS) + "}",
     "dtype": "{float32,bfloat16}",
     "quantization": "{" + ",".join(QUANTIZATIONS) + "}",
+    "kv_dtype": "{" + ",".join(KV_DTYPES) + "}",
     "policy": "{" + ",".join(POLICY_NAMES) + "}",
     "compilation_cache": "DIR",
     "http": "HOST:PORT",

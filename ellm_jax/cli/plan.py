@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ellm_jax.bench.traces import TraceRequest, WorkloadError, at_rate
 from ellm_jax.cli import bench_options, options
 from ellm_jax.cli.console import Failure, plain_errors, reading, write_json
-from ellm_jax.config import DTYPES, QUANTIZATIONS, format_bytes, parse_bytes
+from ellm_jax.config import DTYPES, KV_DTYPES, QUANTIZATIONS, format_bytes
 from ellm_jax.scheduler.policy import POLICIES
 
 if TYPE_CHECKING:
@@ -73,21 +73,32 @@ def add_command(commands: Any) -> None:
 
 def _add_machine(group: Any) -> None:
     group.add_argument(
-        "--device-memory", type=_size, required=True, metavar="SIZE", help="for example 80GiB"
+        "--device-memory",
+        type=bench_options.size,
+        required=True,
+        metavar="SIZE",
+        help="for example 80GiB",
     )
     group.add_argument(
-        "--host-memory", type=_size, default=0, metavar="SIZE", help="for KV (default: 0)"
+        "--host-memory",
+        type=bench_options.size,
+        default=0,
+        metavar="SIZE",
+        help="for KV (default: 0)",
     )
     group.add_argument(
         "--cost", metavar="FILE", help="measured: what `ellm bench offline --save-cost` wrote"
     )
     group.add_argument("--flops", type=_flops, metavar="X", help="operations per second it attains")
     group.add_argument(
-        "--bandwidth", type=_size, metavar="SIZE", help="bytes of memory per second it attains"
+        "--bandwidth",
+        type=bench_options.size,
+        metavar="SIZE",
+        help="bytes of memory per second it attains",
     )
     group.add_argument(
         "--copy-bandwidth",
-        type=_size,
+        type=bench_options.size,
         metavar="SIZE",
         help="bytes per second between device and host (default: as in the cost file, or 16GB)",
     )
@@ -107,6 +118,9 @@ def _add_engine(group: Any) -> None:
         "--quantization", choices=QUANTIZATIONS, help="of the weights (default: none)"
     )
     group.add_argument(
+        "--kv-dtype", choices=KV_DTYPES, default="auto", help="of K and V (default: as --dtype)"
+    )
+    group.add_argument(
         "--max-model-len", type=whole, metavar="N", help="default: the model's context"
     )
     group.add_argument(
@@ -122,14 +136,6 @@ def _add_engine(group: Any) -> None:
         group.add_argument(
             f"--{name}", type=bench_options.factor, metavar="X", help="target of every request"
         )
-
-
-def _size(text: str) -> int:
-    try:
-        size = parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return size
 
 
 def _flops(text: str) -> float:
@@ -191,6 +197,8 @@ def _world(args: argparse.Namespace) -> WorldConfig:
     from ellm_jax._native import KvLayout
     from ellm_jax.assembly import TINY_MODEL
     from ellm_jax.checkpoint import CheckpointError, read_config, resolve_dtype, weights_bytes
+    from ellm_jax.memory.kv_format import kv_format
+    from ellm_jax.sim.estimates import estimated_need
     from ellm_jax.sim.world import WorldConfig
 
     try:
@@ -204,7 +212,7 @@ def _world(args: argparse.Namespace) -> WorldConfig:
             f"--max-model-len {max_model_len}: the model's context is {model.max_context} tokens; "
             "ask for that or less"
         )
-    element_bytes = 2 if dtype == "bfloat16" else 4
+    held = kv_format(args.kv_dtype, dtype)
     weights = weights_bytes(model, dtype, quantization=args.quantization)
     if weights >= args.device_memory:
         raise Failure(
@@ -217,11 +225,13 @@ def _world(args: argparse.Namespace) -> WorldConfig:
             model.num_layers,
             model.num_kv_heads,
             model.head_dim,
-            element_bytes,
+            held.element_bytes,
             max_model_len,
             args.max_num_seqs,
+            scale_bytes=held.scale_bytes,
         )
-    cost, need = _cost_and_need(args, model, weights, element_bytes)
+    need = estimated_need(model, 2 if dtype == "bfloat16" else 4)
+    cost, need = _cost_and_need(args, model, weights, layout.token_bytes, need)
     return WorldConfig(
         layout=layout,
         device_bytes=args.device_memory,
@@ -235,13 +245,12 @@ def _world(args: argparse.Namespace) -> WorldConfig:
 
 
 def _cost_and_need(
-    args: argparse.Namespace, model: ModelConfig, weights: int, element_bytes: int
+    args: argparse.Namespace, model: ModelConfig, weights: int, token_bytes: int, need: NeedModel
 ) -> tuple[CostModel, NeedModel]:
     from ellm_jax.scheduler.cost import CostModel
-    from ellm_jax.sim.estimates import derived_cost, estimated_need
+    from ellm_jax.sim.estimates import derived_cost
     from ellm_jax.sim.steps import NeedModel
 
-    need = estimated_need(model, element_bytes)
     if args.cost is None:
         if args.flops is None or args.bandwidth is None:
             raise Failure(
@@ -250,7 +259,7 @@ def _cost_and_need(
             )
         copy = args.copy_bandwidth or 16 * 10**9
         return (
-            derived_cost(model, weights, element_bytes, args.flops, args.bandwidth, copy),
+            derived_cost(model, weights, token_bytes, args.flops, args.bandwidth, copy),
             need,
         )
     with reading(args.cost) as file:

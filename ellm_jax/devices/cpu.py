@@ -22,6 +22,7 @@ from ellm_jax.devices.errors import DeviceError
 from ellm_jax.devices.native import has_cuda_kernels
 from ellm_jax.devices.threads import start_pool
 from ellm_jax.memory.balloon import Balloon, HeapBalloon
+from ellm_jax.memory.kv_format import KvFormat
 from ellm_jax.memory.system import default_limit_bytes
 from ellm_jax.models.config import ModelConfig
 from ellm_jax.models.shards import WHOLE
@@ -56,16 +57,17 @@ class CpuDevice:
         return default_limit_bytes()
 
     def choose_layout(
-        self, config: ModelConfig, element_bytes: int, max_tokens: int, num_slots: int
+        self, config: ModelConfig, held: KvFormat, max_tokens: int, num_slots: int
     ) -> KvLayout:
         """Chunks of 64 KiB to 2 MiB."""
         return KvLayout.choose(
             config.num_layers,
             config.num_kv_heads,
             config.head_dim,
-            element_bytes,
+            held.element_bytes,
             max_tokens,
             num_slots,
+            scale_bytes=held.scale_bytes,
         )
 
     def make_pool(self, chunk_bytes: int, limit_bytes: int) -> Pool:

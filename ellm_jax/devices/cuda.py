@@ -22,6 +22,7 @@ from ellm_jax.devices.allocator import check_allocator, prepare_environment
 from ellm_jax.devices.errors import DeviceError
 from ellm_jax.memory.balloon import Balloon, DeviceBalloon
 from ellm_jax.memory.device_pool import DevicePool
+from ellm_jax.memory.kv_format import KvFormat
 from ellm_jax.memory.system import MARGIN
 from ellm_jax.models.config import ModelConfig
 from ellm_jax.models.shards import WHOLE
@@ -75,17 +76,18 @@ class CudaDevice:
         return int(free_bytes * (1 - MARGIN))
 
     def choose_layout(
-        self, config: ModelConfig, element_bytes: int, max_tokens: int, num_slots: int
+        self, config: ModelConfig, held: KvFormat, max_tokens: int, num_slots: int
     ) -> KvLayout:
         """Chunks of what the device maps at once, 2 MiB on those of today, or more."""
         return KvLayout.choose(
             config.num_layers,
             config.num_kv_heads,
             config.head_dim,
-            element_bytes,
+            held.element_bytes,
             max_tokens,
             num_slots,
             granularity_bytes=granularity_bytes(self._name),
+            scale_bytes=held.scale_bytes,
         )
 
     def make_pool(self, chunk_bytes: int, limit_bytes: int) -> Pool:

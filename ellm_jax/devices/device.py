@@ -10,6 +10,7 @@ import jax
 from ellm_jax._native import KvLayout
 from ellm_jax.memory.balloon import Balloon
 from ellm_jax.memory.host_tier import Buffer, CopyEngine
+from ellm_jax.memory.kv_format import KvFormat
 from ellm_jax.memory.lockstep import AnyArena, AnyKv, AnyPool
 from ellm_jax.models.config import ModelConfig
 from ellm_jax.models.shards import Shards
@@ -47,7 +48,7 @@ class Device(Protocol):
         """The limit of an engine that was given none."""
 
     def choose_layout(
-        self, config: ModelConfig, element_bytes: int, max_tokens: int, num_slots: int
+        self, config: ModelConfig, held: KvFormat, max_tokens: int, num_slots: int
     ) -> KvLayout:
         """Where the K and V of tokens lie, in chunks that the device can map."""
 

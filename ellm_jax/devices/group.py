@@ -9,6 +9,7 @@ from typing import cast
 from ellm_jax._native import Arena, Copier, HostBuffer, KvLayout, Pool
 from ellm_jax.devices.device import Device
 from ellm_jax.memory.balloon import Balloon
+from ellm_jax.memory.kv_format import KvFormat
 from ellm_jax.memory.lockstep import (
     LockstepArena,
     LockstepBuffer,
@@ -44,14 +45,14 @@ class DeviceGroup:
         return least // len(self._devices) if self.platform == "cpu" else least
 
     def choose_layout(
-        self, config: ModelConfig, element_bytes: int, max_tokens: int, num_slots: int
+        self, config: ModelConfig, held: KvFormat, max_tokens: int, num_slots: int
     ) -> KvLayout:
         """That of one device's heads."""
         count = len(self._devices)
         own = dataclasses.replace(
             config, num_heads=config.num_heads // count, num_kv_heads=config.num_kv_heads // count
         )
-        return self._devices[0].choose_layout(own, element_bytes, max_tokens, num_slots)
+        return self._devices[0].choose_layout(own, held, max_tokens, num_slots)
 
     def make_pool(self, chunk_bytes: int, limit_bytes: int) -> LockstepPool:
         """A pool on each device."""

@@ -34,13 +34,13 @@ def estimated_need(model: ModelConfig, element_bytes: int) -> NeedModel:
 def derived_cost(
     model: ModelConfig,
     weights_bytes: int,
-    element_bytes: int,
+    token_bytes: int,
     flops: float,
     memory_bytes_per_s: float,
     copy_bytes_per_s: float,
 ) -> CostModel:
     """The time of steps from what a machine attains, in floating-point operations and bytes of
-    memory traffic per second, and between device and host.
+    memory traffic per second, and between device and host. `token_bytes`: K and V of a token.
 
     Each step reads the weights once and computes two operations per parameter and token; attention
     computes four operations per pair, head and dimension, and a decode reads the K and V of its
@@ -49,7 +49,6 @@ def derived_cost(
     """
     parameters = sum(math.prod(shape) for shape in param_shapes(model).values())
     embedding = model.vocab_size * model.hidden_size
-    token_bytes = 2 * model.num_layers * model.kv_size * element_bytes
     pair_flops = 4 * model.num_layers * model.q_size
     return CostModel(
         fixed_s=weights_bytes / memory_bytes_per_s,

@@ -83,8 +83,9 @@ xf::Error attention_impl(xf::ThreadPool pool, int32_t device_ordinal, xf::AnyBuf
   const int64_t layer = layer_and_window.typed_data()[0];
   AttentionArgs args;
   args.type = type == xf::DataType::F32 ? ElementType::kFloat32 : ElementType::kBFloat16;
-  if (layout.kv_heads != kd[1] || layout.head_dim != kd[2] ||
-      layout.element_bytes != element_bytes(args.type) || layer < 0 || layer >= layout.layers) {
+  const bool as_held = layout.scale_bytes != 0 || layout.element_bytes == element_bytes(args.type);
+  if (layout.kv_heads != kd[1] || layout.head_dim != kd[2] || !as_held || layer < 0 ||
+      layer >= layout.layers) {
     return invalid("layer " + std::to_string(layer) + " with k " + dims(kd) +
                    " does not fit the KV cache of " + std::to_string(layout.layers) + " layers, " +
                    std::to_string(layout.kv_heads) + " heads of " +

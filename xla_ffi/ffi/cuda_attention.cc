@@ -90,6 +90,11 @@ xf::Error attention_impl(CUstream_st* stream, int32_t device_ordinal, xf::AnyBuf
                    " is not in device memory; make its pool for the device");
   }
   const KvLayout& layout = kv->layout();
+  if (layout.scale_bytes != 0) {
+    return invalid("KV cache " + std::to_string(kv_id) +
+                   " holds int8 with scales, which only the CPU's kernels read; make its layout "
+                   "without scales");
+  }
   if (layout.kv_heads != kd[1] || layout.head_dim != kd[2] ||
       layout.element_bytes != cuda::element_bytes(shape.element)) {
     return invalid("k " + dims(kd) + " of " + std::to_string(cuda::element_bytes(shape.element)) +

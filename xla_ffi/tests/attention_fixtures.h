@@ -10,6 +10,7 @@ namespace ellm {
 
 struct Shape {
   ElementType type = ElementType::kFloat32;
+  bool scaled = false;  // K and V are held in int8, each row with a scale
   int64_t kv_heads = 2;
   int64_t group = 2;  // query heads of a KV head
   int64_t head_dim = 64;
@@ -25,9 +26,9 @@ struct Shape {
 };
 
 inline std::ostream& operator<<(std::ostream& text, const Shape& s) {
-  return text << type_name(s.type) << " kv_heads " << s.kv_heads << " group " << s.group
-              << " head_dim " << s.head_dim << " tile " << s.tile << " window " << s.window
-              << " soft_cap " << s.soft_cap << " parts " << s.parts;
+  return text << type_name(s.type) << (s.scaled ? " int8 KV" : "") << " kv_heads " << s.kv_heads
+              << " group " << s.group << " head_dim " << s.head_dim << " tile " << s.tile
+              << " window " << s.window << " soft_cap " << s.soft_cap << " parts " << s.parts;
 }
 
 // q, k and v of all tokens of a sequence.
@@ -41,6 +42,38 @@ struct Sequence {
         k(random_elements(s.type, tokens * s.kv_row(), random)),
         v(random_elements(s.type, tokens * s.kv_row(), random)) {}
 };
+
+// The values and scales of rows of `dim` elements, as the definition says: scale = max |x| / 127,
+// value = x / scale to the nearest, ties to even.
+struct Int8 {
+  std::vector<int8_t> values;
+  std::vector<float> scales;
+
+  Int8(const Elements& x, int64_t dim) : values(x.size()) {
+    for (size_t begin = 0; begin < x.size(); begin += dim) {
+      float largest = 0.0f;
+      for (int64_t d = 0; d < dim; ++d) largest = std::max(largest, std::fabs(x.get(begin + d)));
+      scales.push_back(largest / 127.0f);
+      for (int64_t d = 0; d < dim && largest > 0.0f; ++d) {
+        values[begin + d] = static_cast<int8_t>(std::nearbyint(x.get(begin + d) / scales.back()));
+      }
+    }
+  }
+};
+
+// K and V as attention finds them: what they are worth in int8, where they are held so.
+inline Sequence as_held(const Shape& s, const Sequence& sequence) {
+  Sequence held = sequence;
+  if (!s.scaled) return held;
+  for (Elements* side : {&held.k, &held.v}) {
+    const Int8 rows(*side, s.head_dim);
+    *side = Elements(ElementType::kFloat32, rows.values.size());
+    for (size_t i = 0; i < rows.values.size(); ++i) {
+      side->set(i, rows.values[i] * rows.scales[i / s.head_dim]);
+    }
+  }
+  return held;
+}
 
 struct Exact {
   std::vector<double> row;   // sum of weight * V
@@ -101,14 +134,15 @@ class Runner {
     layout_.layers = 2;
     layout_.kv_heads = shape.kv_heads;
     layout_.head_dim = shape.head_dim;
-    layout_.element_bytes = element_bytes(shape.type);
+    layout_.element_bytes = shape.scaled ? 1 : element_bytes(shape.type);
+    layout_.scale_bytes = shape.scaled ? 4 : 0;
     layout_.tile_tokens = shape.tile;
     layout_.chunk_bytes = 4096;
-    while (layout_.chunk_bytes < shape.tile * layout_.token_bytes()) layout_.chunk_bytes *= 2;
+    while (layout_.chunk_bytes < layout_.tile_bytes()) layout_.chunk_bytes *= 2;
     layout_.max_tokens = longest;
     layout_.slot_bytes = layout_.chunks_for(longest) * layout_.chunk_bytes;
     layout_.num_slots = static_cast<int64_t>(sequences.size());
-    memory_ = Elements(shape.type, layout_.reserved_bytes() / layout_.element_bytes);
+    memory_ = Elements(shape.type, layout_.reserved_bytes() / element_bytes(shape.type));
   }
 
   // Runs the steps as one batch: writes K and V and, unless `only_write`, attends.

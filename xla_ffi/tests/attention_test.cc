@@ -8,6 +8,12 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
+// Types of q, and whether K and V are held in int8.
+constexpr std::pair<ElementType, bool> kHeld[] = {{ElementType::kFloat32, false},
+                                                  {ElementType::kBFloat16, false},
+                                                  {ElementType::kFloat32, true},
+                                                  {ElementType::kBFloat16, true}};
+
 // Under TSan those that the machine would use: what threads share is the same for all.
 std::vector<const Kernels*> kernels_to_cut() {
   std::vector<const Kernels*> found = machine_kernels();
@@ -22,13 +28,15 @@ std::vector<Sequence> make_sequences(const Shape& shape, const std::vector<int64
   return sequences;
 }
 
-// Tokens [begin, end) of a sequence; float32 within 3e-5, bfloat16 within the rounding of the
-// result and, where products are taken of bfloat16 pairs, of the weights and so of their sum.
+// Tokens [begin, end) of a sequence, over K and V as they are held; float32 within 3e-5, bfloat16
+// within the rounding of the result and, where products are taken of bfloat16 pairs, of the weights
+// and so of their sum.
 bool check_against_float64(const Kernels& kernels, const Shape& shape, const Sequence& sequence,
                            const Elements& result, int64_t begin, int64_t end) {
+  const Sequence held = as_held(shape, sequence);
   for (int64_t t = begin; t < end; ++t) {
     for (int64_t h = 0; h < shape.q_heads(); ++h) {
-      const Exact exact = attend_float64(shape, sequence, t, h);
+      const Exact exact = attend_float64(shape, held, t, h);
       for (int64_t d = 0; d < shape.head_dim; ++d) {
         const float got = result.get(t * shape.q_row() + h * shape.head_dim + d);
         const double want = exact.row[d];
@@ -52,7 +60,7 @@ bool same_tokens(const Shape& shape, const Elements& a, const Elements& b, int64
   return a.same(begin * shape.q_row(), b, begin * shape.q_row(), (end - begin) * shape.q_row());
 }
 
-TEST(attention_matches_float64) {
+void check_shapes_against_float64(bool scaled) {
   if (check::under_tsan) return;  // No threads.
   std::mt19937_64 random(check::seed);
   for (const Kernels* kernels : machine_kernels()) {
@@ -62,8 +70,9 @@ TEST(attention_matches_float64) {
         for (ElementType type : kTypes) {
           Shape shape;
           shape.type = type;
+          shape.scaled = scaled;
           shape.head_dim = head_dim;
-          shape.tile = tile;
+          shape.tile = scaled ? tile - turn % 2 : tile;
           shape.group = 1 << turn % 4;
           shape.window = turn % 3 == 1 ? 21 : 0;
           shape.soft_cap = turn % 5 == 2 ? 3.0f : 0.0f;
@@ -88,14 +97,19 @@ TEST(attention_matches_float64) {
   }
 }
 
+TEST(attention_matches_float64) { check_shapes_against_float64(false); }
+
+TEST(attention_over_int8_matches_float64) { check_shapes_against_float64(true); }
+
 TEST(long_contexts_match_float64) {
   if (check::under_tsan) return;  // No threads.
   std::mt19937_64 random(check::seed);
   for (const Kernels* kernels : machine_kernels()) {
-    for (ElementType type : kTypes) {
+    for (const auto& [type, scaled] : kHeld) {
       for (int64_t window : {0, 300, 1500}) {
         Shape shape;
         shape.type = type;
+        shape.scaled = scaled;
         shape.tile = 24;
         shape.window = window;
         const auto sequences = make_sequences(shape, {1024, 1025, 1034, 2110}, &random);
@@ -166,9 +180,10 @@ TEST(rows_do_not_depend_on_how_work_is_cut) {
   for (const Kernels* kernels : kernels_to_cut()) {
     int turn = 0;
     for (int64_t head_dim : {32, 40, 64, 128}) {
-      for (int64_t tile : {16, 24, 40, 64}) {
+      for (int64_t tile : {16, 24, 40, 64, 15, 31, 57, 90}) {
         Shape shape;
         shape.type = kTypes[turn / 2 % 2];
+        shape.scaled = tile % 8 != 0;
         shape.head_dim = head_dim;
         shape.tile = tile;
         shape.group = 1 << turn % 4;
@@ -186,10 +201,11 @@ TEST(rows_do_not_depend_on_how_work_is_cut) {
 TEST(rows_of_long_contexts_do_not_depend_on_how_work_is_cut) {
   std::mt19937_64 random(check::seed);
   for (const Kernels* kernels : kernels_to_cut()) {
-    for (ElementType type : kTypes) {
+    for (const auto& [type, scaled] : kHeld) {
       for (int64_t window : {0, 1100}) {
         Shape shape;
         shape.type = type;
+        shape.scaled = scaled;
         shape.kv_heads = 3;
         shape.tile = 40;
         shape.window = window;
@@ -203,10 +219,11 @@ TEST(rows_of_long_contexts_do_not_depend_on_how_work_is_cut) {
 TEST(rows_of_long_prompts_do_not_depend_on_how_work_is_cut) {
   std::mt19937_64 random(check::seed);
   for (const Kernels* kernels : kernels_to_cut()) {
-    for (ElementType type : kTypes) {
+    for (const auto& [type, scaled] : kHeld) {
       for (int64_t window : {0, 100}) {
         Shape shape;
         shape.type = type;
+        shape.scaled = scaled;
         shape.kv_heads = 1;
         shape.group = 4;
         shape.head_dim = 32;
@@ -223,12 +240,13 @@ TEST(nan_and_infinity_reach_only_the_rows_that_see_them) {
   std::mt19937_64 random(check::seed);
   constexpr int64_t kTokens = 60, kAt = 33;
   for (const Kernels* kernels : machine_kernels()) {
-    for (ElementType type : kTypes) {
+    for (const auto& [type, scaled] : kHeld) {
       for (int64_t window : {0, 10}) {
         for (float bad : {kNan, kInfinity}) {
           for (const char which : {'q', 'k', 'v'}) {
             Shape shape;
             shape.type = type;
+            shape.scaled = scaled;
             shape.tile = 24;
             shape.window = window;
             shape.parts = kAt % 2 ? 24 : 48;
@@ -243,7 +261,8 @@ TEST(nan_and_infinity_reach_only_the_rows_that_see_them) {
             CHECK(same_tokens(shape, runner.result(1), expected.result(1), 0, 20));
             CHECK(same_tokens(shape, runner.result(0), expected.result(0), 0, kAt));
             CHECK(same_tokens(shape, runner.result(0), expected.result(0), last + 1, kTokens));
-            if (which == 'k' && bad == kInfinity) continue;  // -inf scores may weigh nothing
+            // -inf scores may weigh nothing; in int8 the whole row is NaN.
+            if (which == 'k' && bad == kInfinity && !scaled) continue;
             for (int64_t i = kAt * shape.q_row(); i < (last + 1) * shape.q_row(); ++i) {
               if (!CHECK(!std::isfinite(runner.result(0).get(i)))) break;
             }
@@ -259,48 +278,73 @@ TEST(nan_alone_in_the_last_part_is_not_lost) {
   if (check::under_tsan) return;  // No threads.
   std::mt19937_64 random(check::seed);
   for (const Kernels* kernels : machine_kernels()) {
-    Shape shape;
-    shape.parts = shape.tile = 24;
-    auto sequences = make_sequences(shape, {49}, &random);
-    for (int64_t i = 0; i < shape.kv_row(); ++i) sequences[0].k.set(48 * shape.kv_row() + i, kNan);
-    for (int64_t num_threads : {1, 1000}) {
-      Runner runner(*kernels, shape, sequences);
-      runner.batch({{0, 49}}, num_threads);
-      for (int64_t i = 0; i < shape.q_row(); ++i) {
-        if (!CHECK(std::isfinite(runner.result(0).get(47 * shape.q_row() + i)))) return;
-        if (!CHECK(std::isnan(runner.result(0).get(48 * shape.q_row() + i)))) return;
+    for (const auto& [type, scaled] : kHeld) {
+      Shape shape;
+      shape.type = type;
+      shape.scaled = scaled;
+      shape.parts = shape.tile = 24;
+      const int64_t row = shape.kv_row();
+      auto sequences = make_sequences(shape, {49}, &random);
+      for (int64_t i = 0; i < row; ++i) sequences[0].k.set(48 * row + i, kNan);
+      for (int64_t num_threads : {1, 1000}) {
+        Runner runner(*kernels, shape, sequences);
+        runner.batch({{0, 49}}, num_threads);
+        for (int64_t i = 0; i < shape.q_row(); ++i) {
+          if (!CHECK(std::isfinite(runner.result(0).get(47 * shape.q_row() + i)))) return;
+          if (!CHECK(std::isnan(runner.result(0).get(48 * shape.q_row() + i)))) return;
+        }
       }
     }
   }
 }
 
+// What the memory of a runner is to hold when all tokens are written, and nothing else.
+Elements expected_memory(const Shape& shape, const std::vector<Sequence>& sequences,
+                         const Runner& runner) {
+  Elements expected(shape.type, runner.memory().size());
+  const KvLayout& layout = runner.layout();
+  const auto put = [&](int64_t slot, int64_t at, const void* from, int64_t bytes) {
+    std::memcpy(expected.at(0) + slot * layout.slot_bytes + at, from, bytes);
+  };
+  for (int64_t i = 0; i < static_cast<int64_t>(sequences.size()); ++i) {
+    for (int64_t kv = 0; kv < 2; ++kv) {
+      const Elements& side = kv ? sequences[i].v : sequences[i].k;
+      const Int8 rows(side, shape.head_dim);
+      for (int64_t t = 0; t < sequences[i].tokens; ++t) {
+        for (int64_t h = 0; h < shape.kv_heads; ++h) {
+          const int64_t row = t * shape.kv_heads + h, element = row * shape.head_dim;
+          const int64_t at = layout.offset_bytes(Runner::kLayer, kv, h, t);
+          if (!shape.scaled) {
+            put(runner.slot(i), at, side.at(element), shape.head_dim * layout.element_bytes);
+            continue;
+          }
+          put(runner.slot(i), at, &rows.values[element], shape.head_dim);
+          put(runner.slot(i), layout.scale_offset_bytes(Runner::kLayer, kv, h, t),
+              &rows.scales[row], sizeof(float));
+        }
+      }
+    }
+  }
+  return expected;
+}
+
 TEST(write_kv_touches_the_new_tokens_only) {
   std::mt19937_64 random(check::seed);
-  for (ElementType type : kTypes) {
+  for (const auto& [type, scaled] : kHeld) {
     for (int64_t tokens : {40, 700}) {  // copied at once, and handed out to threads
       Shape shape;
       shape.type = type;
+      shape.scaled = scaled;
       shape.head_dim = 40;
-      shape.tile = 24;
-      const auto sequences = make_sequences(shape, {tokens, tokens - 9}, &random);
+      shape.tile = scaled ? 23 : 24;
+      auto sequences = make_sequences(shape, {tokens, tokens - 9}, &random);
+      for (int64_t d = 0; d < shape.head_dim; ++d) {  // a row of zeros
+        sequences[0].v.set(3 * shape.kv_row() + d, 0.0f);
+      }
       Runner runner(kernels(), shape, sequences);
       runner.batch({{1, 5}, {0, 2}}, 4, threaded(4), true);
       runner.batch({{0, tokens - 2}, {1, tokens - 14}}, 4, threaded(4), true);
-
-      Elements expected(type, runner.memory().size());
-      const KvLayout& layout = runner.layout();
-      for (int64_t i = 0; i < 2; ++i) {
-        for (int64_t t = 0; t < sequences[i].tokens; ++t) {
-          for (int64_t h = 0; h < shape.kv_heads; ++h) {
-            for (int64_t kv = 0; kv < 2; ++kv) {
-              const int64_t at = runner.slot(i) * layout.slot_bytes +
-                                 layout.offset_bytes(Runner::kLayer, kv, h, t);
-              expected.copy(at / layout.element_bytes, kv ? sequences[i].v : sequences[i].k,
-                            t * shape.kv_row() + h * shape.head_dim, shape.head_dim);
-            }
-          }
-        }
-      }
+      const Elements expected = expected_memory(shape, sequences, runner);
       CHECK(expected.same(0, runner.memory(), 0, expected.size()));
     }
   }

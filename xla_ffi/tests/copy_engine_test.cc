@@ -99,6 +99,50 @@ TEST(tiles_come_back_as_they_went_whatever_the_blocks) {
   CHECK_OK(buffer->give_back(blocks));
 }
 
+// 2 layers, 2 heads of 20: tiles of 19 tokens in a page, the second one with 5.
+TEST(scales_travel_with_their_values) {
+  constexpr int64_t kTile = 19, kTokens = kTile + 5;
+  KvLayout layout = page_layout(2, 2 * kTile);
+  layout.head_dim = 20;
+  layout.element_bytes = 1;
+  layout.scale_bytes = 4;
+  layout.tile_tokens = kTile;
+  layout.slot_bytes = 2 * layout.chunk_bytes;
+  const auto cache = make_cache(make_pool(memory_driver(), 8 * page_bytes()), layout);
+  // Calls step(value row, scale, number of both) for all rows of a slot.
+  const auto for_rows = [&](int32_t slot, const auto& step) {
+    int32_t number = 0;
+    for (int64_t token = 0; token < kTokens; ++token) {
+      for (int64_t side = 0; side < layout.layers * 2 * layout.kv_heads; ++side) {
+        const int64_t layer = side / 4, kv = side / 2 % 2, head = side % 2;
+        std::byte* base = cache->slot_base(slot);
+        step(base + layout.offset_bytes(layer, kv, head, token),
+             base + layout.scale_offset_bytes(layer, kv, head, token), ++number);
+      }
+    }
+  };
+  const int32_t from = cache->take_slot(0).value(), to = cache->take_slot(0).value();
+  REQUIRE_OK(extend(*cache, {from, to}, {kTokens, kTokens}));
+  for_rows(from, [&](std::byte* row, std::byte* scale, int32_t number) {
+    std::memset(row, number % 127, 20);
+    std::memcpy(scale, &number, sizeof number);
+  });
+  const auto buffer = make_buffer(2);
+  const std::vector<BlockId> blocks = take(*buffer, 2);
+  Copier copier(copy_link());
+  CHECK_OK(copier.wait(copy_slot(&copier, kOffload, cache, from, 0, buffer, blocks).value()));
+  std::memset(cache->slot_base(from), 0, 2 * page_bytes());
+  CHECK_OK(copier.wait(copy_slot(&copier, kFetch, cache, to, 0, buffer, blocks).value()));
+  for_rows(to, [&](std::byte* row, std::byte* scale, int32_t number) {
+    int32_t found;
+    std::memcpy(&found, scale, sizeof found);
+    CHECK_EQ(found, number);
+    CHECK_EQ(static_cast<int>(row[0]), number % 127);
+    CHECK_EQ(static_cast<int>(row[19]), number % 127);
+  });
+  CHECK_OK(buffer->give_back(blocks));
+}
+
 // Lets the copier's thread through only when it is opened.
 class Gate {
  public:

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernels/cpu/attention_plan.h"
+#include "kernels/cpu/int8_kernels.h"
 #include "kernels/cpu/scratch.h"
 
 namespace ellm {
@@ -22,8 +23,21 @@ constexpr int64_t kSerialMergeFloats = 64 * 1024;
 void write_kv(const AttentionArgs& a, const void* k, const void* v, const SequenceSpan* spans,
               int64_t num_spans, const ParallelFor& parallel) {
   const int64_t row_bytes = a.kv.head_dim * element_bytes(a.type);
+  const void* const sides[] = {k, v};
   int64_t rows = 0;
   for (int64_t s = 0; s < num_spans; ++s) rows += spans[s].row_count;
+  const auto write_row = [&](char* slot, int64_t side, int64_t head, int64_t token,
+                             const char* from) {
+    char* to = slot + a.kv.offset_bytes(a.layer, side, head, token);
+    if (a.kv.scale_bytes == 0) {
+      std::memcpy(to, from, row_bytes);
+      return;
+    }
+    char* scale = slot + a.kv.scale_offset_bytes(a.layer, side, head, token);
+    int8_kernels().quantize(
+        from, a.type, 1, a.kv.head_dim,
+        {reinterpret_cast<int8_t*>(to), a.kv.head_dim, reinterpret_cast<float*>(scale), nullptr});
+  };
   const auto write = [&](int64_t s) {
     const SequenceSpan& span = spans[s];
     for (int64_t t = 0; t < span.row_count; ++t) {
@@ -31,10 +45,10 @@ void write_kv(const AttentionArgs& a, const void* k, const void* v, const Sequen
       const int64_t token = span.context_tokens + t;
       const int64_t from = (span.row_begin + t) * a.kv.kv_heads * row_bytes;
       for (int64_t h = 0; h < a.kv.kv_heads; ++h) {
-        std::memcpy(slot + a.kv.offset_bytes(a.layer, 0, h, token),
-                    static_cast<const char*>(k) + from + h * row_bytes, row_bytes);
-        std::memcpy(slot + a.kv.offset_bytes(a.layer, 1, h, token),
-                    static_cast<const char*>(v) + from + h * row_bytes, row_bytes);
+        for (int64_t side = 0; side < 2; ++side) {
+          write_row(slot, side, h, token,
+                    static_cast<const char*>(sides[side]) + from + h * row_bytes);
+        }
       }
     }
   };

@@ -13,8 +13,8 @@ namespace ellm {
 constexpr int64_t kPartTokens = 1024;
 
 // Copies rows [row_begin, row_begin + row_count) of k and v, [rows, kv_heads, head_dim] of
-// args.type, to the tokens from context_tokens on of every span's slot. The memory has to be
-// mapped.
+// args.type, to the tokens from context_tokens on of every span's slot, as int8 and scales where
+// args.kv has them (Int8Kernels::quantize). The memory has to be mapped.
 void write_kv(const AttentionArgs& args, const void* k, const void* v, const SequenceSpan* spans,
               int64_t num_spans, const ParallelFor& parallel);
 

@@ -4,7 +4,7 @@
 // head_dim word by word, taken in blocks of kBlock tokens counted from the part's first token,
 // weighed with V token by token; parts of part_tokens tokens are merged first to last. A row of a
 // long prompt and the same row decoded alone are equal to the bit.
-#include "kernels/cpu/attention_panels.inl"
+#include "kernels/cpu/quads.inl"
 
 namespace ellm::ELLM_ISA {
 
@@ -33,11 +33,14 @@ static inline void for_rows(const AttentionArgs& a, const AttentionUnit& u, cons
 template <class Arithmetic, class T>
 static void load_queries(const AttentionArgs& a, const AttentionUnit& u, const Workspace& w) {
   const int64_t dim = a.kv.head_dim;
-  const int64_t stride = acc_stride(dim);
   for_rows(a, u, [&](int64_t r, int64_t token, int64_t element) {
     const T* from = static_cast<const T*>(a.q) + element;
+    float* to = w.q + r * q_stride<Arithmetic>(dim);
     w.position[r] = u.span.context_tokens + token;
-    float* to = w.q + r * stride;
+    if constexpr (kInQuads<Arithmetic>) {
+      w.q_steps[r] = quantize_query(from, dim, to);
+      return;
+    }
     for (int64_t d = 0; d < dim; d += kLanes * Arithmetic::kPerWord, to += kLanes) {
       store(to, load_words<Arithmetic>(from, d, dim));
     }
@@ -59,18 +62,18 @@ static void write_rows(const AttentionArgs& a, const AttentionUnit& u, const Sof
 
 // attend_block of all tokens of a block for `rows` rows, kPanelRows at most, that see them all.
 // Reading K and V takes as long as all that is done with them, so both go on side by side.
-template <class Arithmetic, class T>
+template <class Arithmetic, class S>
 static void attend_few(const AttentionArgs& a, const Workspace& w, int64_t rows,
-                       const BlockRows<T>& block, const BlockRows<T>& next, int64_t begin) {
+                       const BlockRows<S>& block, const BlockRows<S>& next, int64_t begin) {
   const int64_t dim = a.kv.head_dim;
-  Ahead<T> ahead(next);
+  Ahead<S> ahead(next);
   const int64_t lines = ahead.lines();
   // The parts of the work take about 3, 2 and 3 eighths of the time.
   pack_k<Arithmetic>(block.k, &ahead, lines * 3 / 8, dim, w.k);
   const int64_t words = words_of<Arithmetic>(dim) * (kBlock / kLanes / kPanelVectors);
   const int64_t lines_each = divide_up(lines / 4, words);
-  score_panels<Arithmetic>(a, w, 0, rows, [&] { ahead.ask(lines_each); });
-  soften_scores<Arithmetic>(a, w, 0, rows, begin, 0, kBlock);
+  score_panels<Arithmetic, S>(a, w, 0, rows, [&] { ahead.ask(lines_each); });
+  soften_scores<Arithmetic, S>(a, w, 0, rows, begin, 0, kBlock);
   const int64_t steps = divide_up(dim, kPanelVectors * kLanes) * words_of<Arithmetic>(kBlock);
   const int64_t lines_of_step = divide_up(lines * 3 / 8, steps);
   step_of(rows, 0, [&](auto height, int64_t) {
@@ -81,9 +84,9 @@ static void attend_few(const AttentionArgs& a, const Workspace& w, int64_t rows,
 
 // Adds tokens [low, high) of the block that begins at token `begin` to the states of the rows of a
 // KV head, and asks for the block `next`.
-template <class Arithmetic, class T>
+template <class Arithmetic, class S>
 static void attend_block(const AttentionArgs& a, const AttentionUnit& u, const Workspace& w,
-                         int64_t head, const BlockRows<T>& block, const BlockRows<T>& next,
+                         int64_t head, const BlockRows<S>& block, const BlockRows<S>& next,
                          int64_t begin, int64_t low, int64_t high) {
   const int64_t group = a.q_heads / a.kv.kv_heads;
   const int64_t rows = rows_of_head(a, u);
@@ -94,32 +97,36 @@ static void attend_block(const AttentionArgs& a, const AttentionUnit& u, const W
   if (few && low == 0 && high == kBlock) {
     return attend_few<Arithmetic>(a, w, rows, block, next, begin);
   }
-  Ahead<T> ahead(next);
+  Ahead<S> ahead(next);
   const int64_t lines = ahead.lines() / 2;
   pack_k<Arithmetic>(block.k, &ahead, lines, dim, w.k);
   pack_v<Arithmetic>(block.v, &ahead, lines, dim, stride, w.v);
   const Seen of_first = seen_by(a, w.position[0], begin, low, high);
   const Seen of_last = seen_by(a, w.position[rows - 1], begin, low, high);
   const bool all_see_all = of_last.low <= low && of_first.high >= high;
-  if (all_see_all || all_finite(block.v, dim)) {
-    return attend_rows<Arithmetic>(a, w, 0, rows, begin, low, high);
+  // Where V has scales it is finite: what may not be are scales, of which each row takes its own.
+  if (all_see_all || kScaled<S> || all_finite(block.v, dim)) {
+    return attend_rows<Arithmetic, S>(a, w, 0, rows, begin, low, high);
   }
   // A weight of 0 does not silence a V that is not finite: each token gets a V of its own, with
   // zeros for what it does not see.
   for (int64_t r = 0; r < rows; r += group) {
     const Seen seen = seen_by(a, w.position[r], begin, low, high);
     if (seen.low >= seen.high) continue;
-    BlockRows<T> own;
+    BlockRows<S> own;
     find_rows(a, u.span.slot, head, begin, seen.low, seen.high, &own);
     pack_v<Arithmetic>(own.v, &ahead, 0, dim, stride, w.v);
-    attend_rows<Arithmetic>(a, w, r, r + group, begin, seen.low, seen.high);
+    attend_rows<Arithmetic, S>(a, w, r, r + group, begin, seen.low, seen.high);
   }
 }
 
 // The workspace as the rows of the unit's KV head `index` see it.
-static Workspace of_head(Workspace w, int64_t index, int64_t rows, int64_t stride) {
-  w.q += index * rows * stride;
+template <class Arithmetic>
+static Workspace of_head(Workspace w, int64_t index, int64_t rows, int64_t dim) {
+  const int64_t stride = acc_stride(dim);
+  w.q += index * rows * q_stride<Arithmetic>(dim);
   w.lane_sums += index * rows * kLanes;
+  w.q_steps += index * rows;
   w.part.max += index * rows;
   w.part.sum += index * rows;
   w.part.acc += index * rows * stride;
@@ -129,13 +136,13 @@ static Workspace of_head(Workspace w, int64_t index, int64_t rows, int64_t strid
 // Adds the tokens [from, to) of the part that begins at part_begin to the state w.part. Tokens up
 // to `end` are read next. All heads take a block before any takes the next one: their tiles are
 // neighbours in memory.
-template <class Arithmetic, class T>
+template <class Arithmetic, class S>
 static void attend_part(const AttentionArgs& a, const AttentionUnit& u, int64_t part_begin,
                         int64_t from, int64_t to, int64_t end, const Workspace& w) {
-  const int64_t stride = acc_stride(a.kv.head_dim);
-  BlockRows<T> blocks[2];
+  const int64_t rows = rows_of_head(a, u);
+  BlockRows<S> blocks[2];
   int64_t begin = from - (from - part_begin) % kBlock;
-  const auto find = [&](int64_t head, int64_t at, int64_t stop, BlockRows<T>* rows) {
+  const auto find = [&](int64_t head, int64_t at, int64_t stop, BlockRows<S>* rows) {
     find_rows(a, u.span.slot, head, at, max_of(0, from - at), min_of(kBlock, stop - at), rows);
   };
   find(u.head_begin, begin, to, &blocks[0]);
@@ -147,17 +154,28 @@ static void attend_part(const AttentionArgs& a, const AttentionUnit& u, int64_t 
       } else {
         find(u.head_begin, next, next < to ? to : end, &blocks[i ^ 1]);
       }
-      attend_block<Arithmetic>(a, u, of_head(w, h - u.head_begin, rows_of_head(a, u), stride), h,
-                               blocks[i], blocks[i ^ 1], begin, max_of(0, from - begin),
-                               min_of(kBlock, to - begin));
+      const BlockRows<S>& block = blocks[i];
+      if constexpr (kScaled<S>) {
+        load_scales(block, BlockRows<S>::kKeyScales, w.k_scales);
+        load_scales(block, BlockRows<S>::kValueScales, w.v_scales);
+      }
+      const Workspace own = of_head<Arithmetic>(w, h - u.head_begin, rows, a.kv.head_dim);
+      const int64_t low = max_of(0, from - begin);
+      const int64_t high = min_of(kBlock, to - begin);
+      if constexpr (kInQuads<Arithmetic>) {
+        attend_quads(a, own, rows, block, blocks[i ^ 1], begin, low, high);
+      } else {
+        attend_block<Arithmetic>(a, u, own, h, block, blocks[i ^ 1], begin, low, high);
+      }
     }
   }
 }
 
-template <class T>
+// q and the result are of type T, K and V as they are held of type S.
+template <class T, class S>
 static void attend_typed(const AttentionArgs& a, const AttentionUnit& u, float* scratch,
                          const SoftmaxState* partial) {
-  using Arithmetic = ArithmeticFor<T>;
+  using Arithmetic = ArithmeticFor<T, S>;
   const int64_t stride = acc_stride(a.kv.head_dim);
   const int64_t rows = rows_of(a, u);
   Workspace w = carve(a, rows, scratch);
@@ -175,7 +193,7 @@ static void attend_typed(const AttentionArgs& a, const AttentionUnit& u, float* 
     const int64_t part_begin = part * a.part_tokens;
     const int64_t from = max_of(part_begin, first_seen);
     const int64_t to = min_of(part_begin + a.part_tokens, last_position + 1);
-    if (from < to) attend_part<Arithmetic, T>(a, u, part_begin, from, to, end, w);
+    if (from < to) attend_part<Arithmetic, S>(a, u, part_begin, from, to, end, w);
     for (int64_t r = 0; r < rows; ++r) w.part.sum[r] = sum(load(w.lane_sums + r * kLanes));
     if (!partial) merge_into(w.total, w.part, rows, stride);
   }
@@ -184,10 +202,12 @@ static void attend_typed(const AttentionArgs& a, const AttentionUnit& u, float* 
 
 static void attend(const AttentionArgs& a, const AttentionUnit& u, float* scratch,
                    const SoftmaxState* partial) {
+  const bool scaled = a.kv.scale_bytes != 0;
   if (a.type == ElementType::kFloat32) {
-    attend_typed<float>(a, u, scratch, partial);
+    (scaled ? attend_typed<float, int8_t> : attend_typed<float, float>)(a, u, scratch, partial);
   } else {
-    attend_typed<uint16_t>(a, u, scratch, partial);
+    (scaled ? attend_typed<uint16_t, int8_t> : attend_typed<uint16_t, uint16_t>)(a, u, scratch,
+                                                                                 partial);
   }
 }
 

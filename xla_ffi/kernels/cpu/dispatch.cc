@@ -30,7 +30,8 @@ static bool has_avx512() {
 const Kernels* kernels_for(const char* isa) {
 #ifdef ELLM_X86
   if (std::strcmp(isa, "avx512_bf16") == 0) {
-    const bool has = has_avx512() && __builtin_cpu_supports("avx512bf16");
+    const bool has = has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+                     __builtin_cpu_supports("avx512vnni");  // no processor has but the first
     return has ? &avx512_bf16::table() : nullptr;
   }
   if (std::strcmp(isa, "avx512") == 0) return has_avx512() ? &avx512::table() : nullptr;

@@ -5,8 +5,6 @@
 
 namespace ellm::ELLM_ISA {
 
-typedef int8_t BVec __attribute__((vector_size(kLanes)));
-
 // Below it a row counts as zero. Its scale would be subnormal, which XLA's threads flush to zero.
 constexpr float kSmallestMagnitude = 1e-30f;
 

@@ -39,7 +39,7 @@ struct AttentionArgs {
   void* out;      // like q
   ElementType type;
   int64_t q_heads;
-  KvLayout kv;    // kv heads, head_dim and where the K and V of a token lie
+  KvLayout kv;    // kv heads, head_dim and where the K and V of a token lie, of `type` or int8
   char* kv_base;  // slot 0; slot s starts s * kv.slot_bytes further on
   int64_t layer;
   int64_t window;  // a token sees the last `window` tokens, itself included; 0: all
@@ -68,6 +68,26 @@ struct SoftmaxState {
   float* acc;  // [rows, acc_stride]
 };
 
+// Most elements of a head that `heads` takes.
+constexpr int64_t kMaxHeadDim = 1024;
+
+// Rows of fused projections, and where their heads go.
+struct HeadsArgs {
+  ElementType type;
+  const void* qkv;     // [rows, (q_heads + 2 * kv_heads) * head_dim]
+  const float* cos;    // [rows, head_dim / 2]
+  const float* sin;    // like cos
+  const void* q_norm;  // [head_dim]; null: the heads are not normalised
+  const void* k_norm;  // like q_norm
+  float eps;           // of both norms
+  void* q;             // [rows, q_heads, head_dim]
+  void* k;             // [rows, kv_heads, head_dim]
+  void* v;             // like k
+  int64_t q_heads;
+  int64_t kv_heads;
+  int64_t head_dim;  // even
+};
+
 struct Kernels {
   const char* isa;
   int64_t lanes;    // float32 lanes of a vector
@@ -93,6 +113,9 @@ struct Kernels {
   // out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * scale; rows of n elements, all of `type`.
   void (*rms_norm)(const void* x, const void* scale, void* out, ElementType type, int64_t rows,
                    int64_t n, float eps);
+  // Parts the heads of rows [row_begin, row_end) of fused projections; those of q and k are
+  // normalised where there are norms, and rotated.
+  void (*heads)(const HeadsArgs& args, int64_t row_begin, int64_t row_end);
   // out[r, i] = silu(x[r, i]) * x[r, n + i]; x has rows of 2 n elements, out of n, all of `type`.
   void (*silu_mul)(const void* x, void* out, ElementType type, int64_t rows, int64_t n);
   // Index of the largest of n scores, the lowest among equals; -1 where one is NaN.

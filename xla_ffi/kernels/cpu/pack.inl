@@ -14,75 +14,121 @@ constexpr int64_t words_of(int64_t n) {
   return (n + Arithmetic::kPerWord - 1) / Arithmetic::kPerWord;
 }
 
-// The kLanes words of a row that begin at element i, zeros behind its n elements.
-template <class Arithmetic, class T>
-static inline Vec load_words(const T* row, int64_t i, int64_t n) {
+static inline UVec bits_of(Vec v) {
+  UVec u;
+  std::memcpy(&u, &v, sizeof u);
+  return u;
+}
+
+// The kLanes words that begin at row, all of them elements of it. Where words are of int8, 128 is
+// added to each.
+template <class Arithmetic, class S>
+static inline Vec whole_words(const S* row) {
   if constexpr (Arithmetic::kPerWord == 1) {
-    return n - i >= kLanes ? load(row + i) : load_part(row + i, n - i);
+    return load(row);
   } else {
-    T words[2 * kLanes] = {};
-    const int64_t count = n - i >= 2 * kLanes ? 2 * kLanes : n - i;
-    if (count == 2 * kLanes) return load(reinterpret_cast<const float*>(row + i));
-    std::memcpy(words, row + i, count * sizeof(T));
-    return load(reinterpret_cast<const float*>(words));
+    Vec words = load(reinterpret_cast<const float*>(row));
+    if constexpr (kInQuads<Arithmetic>) {
+      const UVec flipped = bits_of(words) ^ 0x80808080u;
+      std::memcpy(&words, &flipped, sizeof words);
+    }
+    return words;
   }
 }
 
+// The kLanes words of a row that begin at element i, zeros behind its n elements.
+template <class Arithmetic, class S>
+static inline Vec load_words(const S* row, int64_t i, int64_t n) {
+  constexpr int64_t kWidth = kLanes * Arithmetic::kPerWord;
+  if (n - i >= kWidth) return whole_words<Arithmetic>(row + i);
+  S elements[kWidth] = {};
+  std::memcpy(elements, row + i, (n - i) * sizeof(S));
+  return whole_words<Arithmetic>(elements);
+}
+
 // Where the rows of a block's tokens begin; null where there is no token or none that is seen.
-template <class T>
+template <class S>
 struct BlockRows {
-  // The rows of a tile follow each other: a run.
+  // What follows each other in memory: of the tokens of a tile the rows, or their scales.
   struct Run {
-    const T* begin;
-    const T* end;
+    const char* begin;
+    const char* end;
   };
+  enum Kind { kKeys, kKeyScales, kValues, kValueScales, kKinds };
   static constexpr int64_t kMaxRuns = kBlock / 8 + 1;  // Tiles are of 8 tokens or more.
 
-  const T* k[kBlock];
-  const T* v[kBlock];
-  Run runs[2][kMaxRuns];  // of K, of V
-  int64_t num_runs;
+  const S* k[kBlock];
+  const S* v[kBlock];
+  Run runs[kKinds][kMaxRuns];
+  int64_t num_runs;  // of each kind, but for scales where there are none
+  int64_t first;     // token with a row
 };
 
 // Tokens [low, high) of the block of a KV head that begins at token `begin`.
-template <class T>
+template <class S>
 static inline void find_rows(const AttentionArgs& a, int64_t slot_index, int64_t head,
-                             int64_t begin, int64_t low, int64_t high, BlockRows<T>* rows) {
+                             int64_t begin, int64_t low, int64_t high, BlockRows<S>* rows) {
+  using Rows = BlockRows<S>;
   const char* slot = a.kv_base + slot_index * a.kv.slot_bytes;
-  const int64_t dim = a.kv.head_dim;
+  const int64_t row_bytes = a.kv.head_dim * static_cast<int64_t>(sizeof(S));
   rows->num_runs = 0;
+  rows->first = low;
   for (int64_t j = 0; j < low; ++j) rows->k[j] = rows->v[j] = nullptr;
-  for (int64_t j = low; j < high;) {
-    const int64_t in_tile = a.kv.tile_tokens - (begin + j) % a.kv.tile_tokens;
-    const int64_t stop = min_of(high, j + in_tile);
-    const T* k = reinterpret_cast<const T*>(slot + a.kv.offset_bytes(a.layer, 0, head, begin + j));
-    const T* v = reinterpret_cast<const T*>(slot + a.kv.offset_bytes(a.layer, 1, head, begin + j));
-    rows->runs[0][rows->num_runs] = {k, k + (stop - j) * dim};
-    rows->runs[1][rows->num_runs++] = {v, v + (stop - j) * dim};
-    for (; j < stop; ++j, k += dim, v += dim) {
-      rows->k[j] = k;
-      rows->v[j] = v;
+  int64_t left = a.kv.tile_tokens - (begin + low) % a.kv.tile_tokens;  // in the tile of token j
+  for (int64_t j = low; j < high; left = a.kv.tile_tokens, ++rows->num_runs) {
+    const int64_t count = min_of(high - j, left);
+    const auto add = [&](typename Rows::Kind kind, int64_t offset_bytes, int64_t bytes_each) {
+      const char* from = slot + offset_bytes;
+      rows->runs[kind][rows->num_runs] = {from, from + count * bytes_each};
+      return from;
+    };
+    const int64_t token = begin + j;
+    const char* k = add(Rows::kKeys, a.kv.offset_bytes(a.layer, 0, head, token), row_bytes);
+    const char* v = add(Rows::kValues, a.kv.offset_bytes(a.layer, 1, head, token), row_bytes);
+    if constexpr (kScaled<S>) {
+      constexpr int64_t kBytes = sizeof(float);
+      add(Rows::kKeyScales, a.kv.scale_offset_bytes(a.layer, 0, head, token), kBytes);
+      add(Rows::kValueScales, a.kv.scale_offset_bytes(a.layer, 1, head, token), kBytes);
+    }
+    for (const int64_t stop = j + count; j < stop; ++j, k += row_bytes, v += row_bytes) {
+      rows->k[j] = reinterpret_cast<const S*>(k);
+      rows->v[j] = reinterpret_cast<const S*>(v);
     }
   }
   for (int64_t j = max_of(low, high); j < kBlock; ++j) rows->k[j] = rows->v[j] = nullptr;
 }
 
+// to[j] = the scale of token j, 0 where there is no row; of kind kKeyScales or kValueScales.
+template <class S>
+static inline void load_scales(const BlockRows<S>& rows, typename BlockRows<S>::Kind kind,
+                               float* to) {
+  int64_t j = 0;
+  for (; j < rows.first; ++j) to[j] = 0.0f;
+  for (int64_t i = 0; i < rows.num_runs; ++i) {
+    const auto& run = rows.runs[kind][i];
+    std::memcpy(to + j, run.begin, run.end - run.begin);
+    j += (run.end - run.begin) / static_cast<int64_t>(sizeof(float));
+  }
+  for (; j < kBlock; ++j) to[j] = 0.0f;
+}
+
 // Asks for the lines of a block, K first, while the block before it is worked on. A core waits for
 // a limited number of lines at a time: asked for a few at each step of all of the work, they never
 // queue up, and memory never rests.
-template <class T>
+template <class S>
 class Ahead {
  public:
-  explicit Ahead(const BlockRows<T>& rows) : rows_(rows) { go_on(); }
+  explicit Ahead(const BlockRows<S>& rows) : rows_(rows) { go_on(); }
 
   // Lines of the block, nearly.
   int64_t lines() const {
-    int64_t elements = 0;
-    for (int64_t i = 0; i < rows_.num_runs; ++i) {
-      elements += rows_.runs[0][i].end - rows_.runs[0][i].begin;
+    int64_t bytes = 0;
+    for (int kind = 0; kind < BlockRows<S>::kKinds; kind += kStep) {
+      for (int64_t i = 0; i < rows_.num_runs; ++i) {
+        bytes += rows_.runs[kind][i].end - rows_.runs[kind][i].begin;
+      }
     }
-    return (2 * elements * static_cast<int64_t>(sizeof(T)) + int64_t{kLineBytes} - 1) /
-           int64_t{kLineBytes};
+    return (bytes + int64_t{kLineBytes} - 1) / int64_t{kLineBytes};
   }
 
   void ask(int64_t lines) {
@@ -95,37 +141,32 @@ class Ahead {
 
  private:
   static constexpr uintptr_t kLineBytes = 64;
+  static constexpr int kStep = kScaled<S> ? 1 : 2;  // from a kind to the next there is
 
   void go_on() {
-    if (run_ == 2 * rows_.num_runs) {  // Nothing is left: from now on a line that is at hand.
+    if (run_ == rows_.num_runs) {
+      run_ = 0;
+      kind_ += kStep;
+    }
+    if (kind_ >= BlockRows<S>::kKinds || rows_.num_runs == 0) {
+      // Nothing is left: from now on a line that is at hand.
       at_ = reinterpret_cast<uintptr_t>(&rows_);
       end_ = UINTPTR_MAX;
       step_ = 0;
       return;
     }
-    const bool v = run_ >= rows_.num_runs;
-    const auto& run = rows_.runs[v][v ? run_ - rows_.num_runs : run_];
-    at_ = reinterpret_cast<uintptr_t>(run.begin);
+    const auto& run = rows_.runs[kind_][run_++];
+    at_ = reinterpret_cast<uintptr_t>(run.begin) / kLineBytes * kLineBytes;
     end_ = reinterpret_cast<uintptr_t>(run.end);
-    ++run_;
   }
 
-  const BlockRows<T>& rows_;
+  const BlockRows<S>& rows_;
+  int kind_ = 0;     // of the next run
   int64_t run_ = 0;  // the next one
   uintptr_t at_ = 0;
   uintptr_t end_ = 0;
   uintptr_t step_ = kLineBytes;
 };
-
-// The kLanes words that begin at row, all of them elements of it.
-template <class Arithmetic, class T>
-static inline Vec whole_words(const T* row) {
-  if constexpr (Arithmetic::kPerWord == 1) {
-    return load(row);
-  } else {
-    return load(reinterpret_cast<const float*>(row));
-  }
-}
 
 // to[i, n] = word i of load_row(n), for kLanes words and rows.
 template <class LoadRow>
@@ -137,8 +178,8 @@ static inline void pack_square(const LoadRow& load_row, float* to) {
 }
 
 // to[i, j] = word i of K of token j; zeros where there is no token. Asks for `lines` lines.
-template <class Arithmetic, class T>
-static void pack_k(const T* const* rows, Ahead<T>* ahead, int64_t lines, int64_t dim, float* to) {
+template <class Arithmetic, class S>
+static void pack_k(const S* const* rows, Ahead<S>* ahead, int64_t lines, int64_t dim, float* to) {
   constexpr int64_t kWidth = kLanes * Arithmetic::kPerWord;
   const int64_t squares = kBlock / kLanes * ((dim + kWidth - 1) / kWidth);
   const int64_t lines_each = (lines + squares - 1) / squares;
@@ -160,16 +201,10 @@ static void pack_k(const T* const* rows, Ahead<T>* ahead, int64_t lines, int64_t
   }
 }
 
-static inline UVec bits_of(Vec v) {
-  UVec u;
-  std::memcpy(&u, &v, sizeof u);
-  return u;
-}
-
 // to[d] = V of one token, or of two in one word, from element d on; null is zeros. Both rows are of
-// element type T and `dim` elements.
-template <class Arithmetic, class T>
-static inline void pack_v_words(const T* first, const T* second, int64_t d, int64_t dim,
+// element type S and `dim` elements.
+template <class Arithmetic, class S>
+static inline void pack_v_words(const S* first, const S* second, int64_t d, int64_t dim,
                                 float* to) {
   for (; d < dim; d += kLanes) {
     Vec words = first ? load_words<Floats>(first, d, dim) : Vec{};
@@ -200,8 +235,8 @@ static inline void interleave(const uint16_t* first, const uint16_t* second, Vec
 
 // to[n] = V of token i, or of tokens 2 i and 2 i + 1 in one word, for NR whole vectors from element
 // d on. NR is even where words are pairs.
-template <class Arithmetic, int NR, class T>
-static inline void load_v_words(const T* const* rows, int64_t i, int64_t d, Vec (&to)[NR]) {
+template <class Arithmetic, int NR, class S>
+static inline void load_v_words(const S* const* rows, int64_t i, int64_t d, Vec (&to)[NR]) {
   if constexpr (Arithmetic::kPerWord == 1) {
     for (int n = 0; n < NR; ++n) to[n] = load(rows[i] + d + n * kLanes);
   } else {
@@ -217,14 +252,14 @@ static inline void load_v_words(const T* const* rows, int64_t i, int64_t d, Vec 
 
 // to[j, d] = V of token j, or of tokens 2 j and 2 j + 1 in one word; zeros where there is no token.
 // Rows of `stride` words. Asks for `lines` lines.
-template <class Arithmetic, class T>
-static void pack_v(const T* const* rows, Ahead<T>* ahead, int64_t lines, int64_t dim,
+template <class Arithmetic, class S>
+static void pack_v(const S* const* rows, Ahead<S>* ahead, int64_t lines, int64_t dim,
                    int64_t stride, float* to) {
   constexpr int64_t kWords = kBlock / Arithmetic::kPerWord;
   const int64_t lines_each = (lines + kWords - 1) / kWords;
   for (int64_t j = 0; j < kBlock; j += Arithmetic::kPerWord, to += stride) {
-    const T* first = rows[j];
-    const T* second = rows[j + Arithmetic::kPerWord - 1];
+    const S* first = rows[j];
+    const S* second = rows[j + Arithmetic::kPerWord - 1];
     ahead->ask(lines_each);
     int64_t d = 0;
     if constexpr (Arithmetic::kPerWord == 2) {

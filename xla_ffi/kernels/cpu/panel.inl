@@ -1,7 +1,7 @@
-// Small matrix products in registers, in one of two arithmetics. Both see 32-bit words: a word is a
-// float32, or a pair of bfloat16 that one instruction multiplies and adds. Along the words every
-// element of the result is accumulated in order, one word at a time, so it has the same bits in a
-// panel of any height.
+// Small matrix products in registers, in one of three arithmetics. All see 32-bit words: a word is
+// a float32, or a pair of bfloat16 or four int8 that one instruction multiplies and adds. Along the
+// words every element of the result is accumulated in order, one word at a time, so it has the same
+// bits in a panel of any height.
 #pragma once
 
 #include <type_traits>
@@ -34,13 +34,39 @@ struct Pairs {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
 };
+
+// Four int8, multiplied exactly and summed in int32. The one side is signed, the other is not: K is
+// made so, weights are.
+struct Quads {
+  static constexpr int kPerWord = 4;
+  static inline Vec spread(const float* word) { return Pairs::spread(word); }
+  static inline IVec multiply_add(IVec sum, Vec is_unsigned, Vec is_signed) {
+    return reinterpret_cast<IVec>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum),
+                                                      reinterpret_cast<__m512i>(is_unsigned),
+                                                      reinterpret_cast<__m512i>(is_signed)));
+  }
+};
+struct KeyQuads : Quads {
+  static inline IVec multiply_add(IVec sum, Vec q, Vec k) { return Quads::multiply_add(sum, k, q); }
+};
+using WeightQuads = Quads;
 #else
 using Pairs = Floats;
+using Quads = Floats;
 #endif
 
-// The arithmetic for operands that are all of element type T.
-template <class T>
-using ArithmeticFor = std::conditional_t<kHasPairs && sizeof(T) == 2, Pairs, Floats>;
+// Whether elements of type S are int8, each row with a scale.
+template <class S>
+constexpr bool kScaled = sizeof(S) == 1;
+
+// Whether words are of four int8.
+template <class Arithmetic>
+constexpr bool kInQuads = Arithmetic::kPerWord == 4;
+
+// The arithmetic for q of type T with K and V of type S.
+template <class T, class S>
+using ArithmeticFor = std::conditional_t<kHasPairs && sizeof(T) == 2,
+                                         std::conditional_t<kScaled<S>, Quads, Pairs>, Floats>;
 
 // Rows and vectors of a panel, at most: the sums fill the register file beside the operands.
 constexpr int kPanelRows = kLanes == 16 ? 6 : 3;
@@ -52,9 +78,9 @@ struct Nothing {
 
 // sums[m][n] += sum_i a[m, i] * b[i, n] for MR rows, NR vectors and i < words. Calls `beside` once
 // for each word.
-template <class Arithmetic, int MR, int NR, class Beside = Nothing>
+template <class Arithmetic, int MR, int NR, class Sum, class Beside = Nothing>
 static inline void multiply_panel(const float* a, int64_t a_stride, const float* b,
-                                  int64_t b_stride, int64_t words, Vec (&sums)[MR][NR],
+                                  int64_t b_stride, int64_t words, Sum (&sums)[MR][NR],
                                   const Beside& beside = {}) {
   for (int64_t i = 0; i < words; ++i) {
     beside();

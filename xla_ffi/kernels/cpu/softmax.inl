@@ -45,6 +45,12 @@ static inline float exp2_one(float x) { return exp2_negative(splat(x))[0]; }
   }
 }
 
+// All ones in the lanes of those of the tokens from j on that are seen.
+static inline IVec sees(Seen seen, int64_t j) {
+  const IVec token = lane_ids() + static_cast<int32_t>(j);
+  return (token >= static_cast<int32_t>(seen.low)) & (token < static_cast<int32_t>(seen.high));
+}
+
 // Caps and masks the raw scores of a block in place. Returns the largest that are seen, by lane.
 template <bool Masked>
 static inline Vec mask_scores(const AttentionArgs& a, float* scores, Seen seen) {
@@ -52,12 +58,7 @@ static inline Vec mask_scores(const AttentionArgs& a, float* scores, Seen seen) 
   for (int64_t j = 0; j < kBlock; j += kLanes) {
     Vec s = load(scores + j);
     if (a.soft_cap > 0.0f) s = a.soft_cap * kLog2E * tanh(s);
-    if (Masked) {
-      const IVec token = lane_ids() + static_cast<int32_t>(j);
-      s = select(
-          (token >= static_cast<int32_t>(seen.low)) & (token < static_cast<int32_t>(seen.high)), s,
-          splat(kMinusInfinity));
-    }
+    if (Masked) s = select(sees(seen, j), s, splat(kMinusInfinity));
     if (Masked || a.soft_cap > 0.0f) store(scores + j, s);
     high_score = vmax(s, high_score);
   }
@@ -86,6 +87,24 @@ static inline Vec weigh_scores(float* scores, float max, Vec sums) {
       sums = Arithmetic::multiply_add(sums, words, ones);
     }
 #endif
+  }
+  return sums;
+}
+
+// The scales of the tokens from j on that are seen, zeros for the others. That of a row that is not
+// finite is NaN, which only those who see it may take.
+static inline Vec seen_scales(const float* scales, Seen seen, int64_t j) {
+  return select(sees(seen, j), load(scales + j), Vec{});
+}
+
+// weigh_scores where V has scales: a weight takes that of its token with it, but the sums are of
+// weights alone. One copy of the code for all callers, so that nothing is contracted in two ways.
+[[gnu::noinline]] static Vec weigh_scaled_scores(float* scores, float max, const float* scales,
+                                                 Seen seen, Vec sums) {
+  for (int64_t j = 0; j < kBlock; j += kLanes) {
+    const Vec p = exp2_negative(load(scores + j) - max);
+    store(scores + j, p * seen_scales(scales, seen, j));
+    sums += p;
   }
   return sums;
 }

@@ -9,7 +9,7 @@
 
 #include "kernels/cpu/kernels.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -38,6 +38,7 @@ constexpr int kLanes = 4;
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IVec __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t HVec __attribute__((vector_size(kLanes * 2)));
+typedef int8_t BVec __attribute__((vector_size(kLanes)));
 typedef uint32_t UVec __attribute__((vector_size(kLanes * 4)));
 
 constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -61,6 +62,24 @@ static inline Vec load(const uint16_t* bf16) {
   Vec v;
   std::memcpy(&v, &u, sizeof v);
   return v;
+}
+
+static inline Vec load(const int8_t* bytes) {
+  // Compilers widen vectors of bytes one by one.
+#if defined(__AVX512F__)
+  __m128i b;
+  std::memcpy(&b, bytes, sizeof b);
+  const IVec wide = reinterpret_cast<IVec>(_mm512_maskz_cvtepi8_epi32(0xffff, b));
+#elif defined(__AVX2__)
+  int64_t b;
+  std::memcpy(&b, bytes, sizeof b);
+  const IVec wide = reinterpret_cast<IVec>(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(b)));
+#else
+  BVec b;
+  std::memcpy(&b, bytes, sizeof b);
+  const IVec wide = __builtin_convertvector(b, IVec);
+#endif
+  return __builtin_convertvector(wide, Vec);
 }
 
 // The first n < kLanes elements, zeros behind them; reads nothing past them.
@@ -89,6 +108,7 @@ static inline V select(IVec mask, V a, V b) {
 }
 // b where either is NaN.
 static inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
+static inline IVec vmax(IVec a, IVec b) { return a > b ? a : b; }
 static inline Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
 
 // Round to nearest even; NaN stays NaN.
@@ -184,16 +204,26 @@ static inline V sum_strides(V v) {
 
 static inline float sum(Vec v) { return sum_strides<1>(v)[0]; }
 
+// Every lane the largest of all, for strides from 1 on.
+template <int Stride>
+static inline IVec largest_strides(IVec v) {
+  if constexpr (Stride < kLanes) {
+    return largest_strides<Stride * 2>(vmax(v, exchange<Stride>(v)));
+  } else {
+    return v;
+  }
+}
+
 // Lane i: the largest lane of vectors[i % Count], complete when Count == kLanes; no lane may be
 // NaN.
-template <int Count = kLanes>
-static inline Vec largest_each(const Vec* vectors) {
+template <int Count = kLanes, class V>
+static inline V largest_each(const V* vectors) {
   if constexpr (Count == 1) {
     return vectors[0];
   } else {
     constexpr int kStride = Count / 2;
-    const Vec a = largest_each<kStride>(vectors);
-    const Vec b = largest_each<kStride>(vectors + kStride);
+    const V a = largest_each<kStride>(vectors);
+    const V b = largest_each<kStride>(vectors + kStride);
     const IVec upper = (lane_ids() & kStride) != 0;
     return vmax(select(upper, b, a), exchange<kStride>(select(upper, a, b)));
   }
