@@ -159,8 +159,8 @@ def test_a_step_for_a_gpu_never_makes_the_host_wait(tiny_checkpoint, sampling, m
     meta = jax.ShapeDtypeStruct((layout.words,), np.int32)
     traced = on_one(step, COMPILER_OPTIONS).trace(weights, meta, carry, state)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    # Layers are scanned: one call stands for all of them.
-    assert text.count("@ellm_attention_cuda") == 1
+    # Layers are scanned: one call stands for all, but for a last one that computes few rows.
+    assert text.count("@ellm_attention_cuda") == (1 if mode.prompt_logprobs else 2)
     assert not conditions(text)
     plain = on_one(build_step(graph, layout, mode, make_ops)).trace(weights, meta, carry, state)
     assert conditions(plain.lower(lowering_platforms=("cuda",)).as_text())
