@@ -155,7 +155,8 @@ def test_what_fails_is_told_and_the_rest_is_measured(mood: str, reason: str) -> 
         (2, "bad"),
     ]
     assert "batch_tokens_per_s" not in ratios(found, OURS, "bad")
-    assert ratios(found, OURS, "good")["decode_tokens_per_s"] == pytest.approx(1, abs=0.5)
+    # Both sleep as long for a token; what a busy machine adds is no matter of this test.
+    assert 0.1 < ratios(found, OURS, "good")["decode_tokens_per_s"] < 10
     assert agreement(found, OURS, "good") == (12, 12)
     assert agreement(found, OURS, "bad") == (8, 8)
     for run, pid in zip(good.runs, [good.versions["pid"]], strict=False):
