@@ -2,10 +2,12 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
 
+#include "ffi/spin.h"
 #include "kernels/cpu/parallel.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -34,18 +36,24 @@ class XlaParallel {
       pool_.Schedule([work] { work->run(); });
     }
     work->run();
+    const auto all_done = [&] { return work->done.load(std::memory_order_acquire) == units; };
+    if (spin_until(all_done, kSpin)) return;
     std::unique_lock<std::mutex> lock(work->mutex);
-    work->all_done.wait(lock, [&] { return work->done == units; });
+    work->all_done.wait(lock, all_done);
   }
 
  private:
+  // The last units of a call end within microseconds of one another; to sleep and be woken takes
+  // some tens of them, as long as one row's linear layer.
+  static constexpr std::chrono::microseconds kSpin{200};
+
   struct Work {
     std::atomic<int64_t> next{0};
     int64_t units = 0;
     const std::function<void(int64_t)>* body = nullptr;  // valid while a unit is left
     std::mutex mutex;
     std::condition_variable all_done;
-    int64_t done = 0;
+    std::atomic<int64_t> done{0};
 
     void run() {
       int64_t finished = 0;
@@ -54,9 +62,10 @@ class XlaParallel {
         ++finished;
       }
       if (finished == 0) return;
+      if (done.fetch_add(finished, std::memory_order_acq_rel) + finished < units) return;
+      // Under the mutex, or a caller that has just looked would sleep through it.
       std::lock_guard<std::mutex> lock(mutex);
-      done += finished;
-      if (done == units) all_done.notify_one();
+      all_done.notify_one();
     }
   };
 
