@@ -132,7 +132,7 @@ TEST(linear_columns_do_not_depend_on_how_they_are_handed_out) {
         const LinearArgs args = {p.x.at(0), p.x_type,   p.k,  p.w.at(0), p.w_type,
                                  out.at(0), p.out_type, rows, p.n,       p.k};
         for (int64_t n = 0; n < p.n; n += width) {
-          kernels->linear(args, n, std::min(p.n, n + width));
+          kernels->linear(args, {n, std::min(p.n, n + width), std::min(p.n, n + 2 * width), n > 0});
         }
         if (!CHECK(out.same(0, all, 0, all.size()))) return;
       }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "kernels/cpu/columns.h"
 #include "kernels/cpu/ranges.h"
 #include "kernels/cpu/scratch.h"
 
@@ -45,11 +46,11 @@ void int8_linear(const Int8Kernels& kernels, const void* x, ElementType x_type, 
   }
   const Int8Args args = {all, w, w_scale, out, out_type, rows, n, k};
   if (rows * n * k <= kSerialWork) {
-    kernels.linear(args, 0, n);
+    kernels.linear(args, {0, n, n, false});
     return;
   }
-  parallel_ranges(parallel, threads, (n + kColumns - 1) / kColumns, [&](int64_t unit) {
-    kernels.linear(args, unit * kColumns, std::min(n, (unit + 1) * kColumns));
+  parallel_ranges(parallel, threads, (n + kColumns - 1) / kColumns, [&](const RangeUnit& unit) {
+    kernels.linear(args, unit_columns(unit, kColumns, n));
   });
 }
 

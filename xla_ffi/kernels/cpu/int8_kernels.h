@@ -43,8 +43,7 @@ struct Int8Kernels {
   // to even. A row that is below 1e-30 all over is zero, and so is its scale; one that holds a NaN
   // or an infinity gets the scale NaN and values of zero.
   void (*quantize)(const void* x, ElementType type, int64_t rows, int64_t k, const Int8Rows& to);
-  // Columns [n_begin, n_end) of `out`.
-  void (*linear)(const Int8Args& args, int64_t n_begin, int64_t n_end);
+  void (*linear)(const Int8Args& args, const Columns& columns);
 };
 
 // The best table this CPU can run.

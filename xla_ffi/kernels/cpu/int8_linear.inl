@@ -10,13 +10,16 @@ constexpr int kInt8Rows = kLanes == 16 ? 8 : 4;
 constexpr int int8_columns(int64_t mr) { return mr <= 2 ? 1 : 2; }
 constexpr int64_t kInt8InputBytes = 32 * 1024;
 constexpr int64_t kInt8BlockBytes = 32 * 1024;
+constexpr int64_t int8_depth(int64_t mr) {
+  return kInt8InputBytes / mr / kInt8Padding * kInt8Padding;
+}
 
 // sums[m * kLanes] += (w[j] + kOffset) . x[m] over the elements [begin, end), `end` being k or a
 // multiple of kInt8Padding, for MR rows and NR columns; column j's sums are a vector further on for
 // each j.
 template <int MR, int NR>
 static inline void int8_block(const int8_t* x, int64_t x_stride, const int8_t* w, int64_t k,
-                              int64_t begin, int64_t end, IVec* sums) {
+                              int64_t begin, int64_t end, IVec* sums, Lines ahead) {
   IVec acc[MR * NR];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
@@ -26,6 +29,7 @@ static inline void int8_block(const int8_t* x, int64_t x_stride, const int8_t* w
   const int64_t full = end / Bytes::kWidth * Bytes::kWidth;
 #pragma GCC unroll 2
   for (int64_t i = begin; i < full; i += Bytes::kWidth) {
+    ahead.ask<NR>();
     typename Bytes::Operand wv[NR];
 #pragma GCC unroll 2
     for (int j = 0; j < NR; ++j) wv[j] = Bytes::weights(w + j * k + i);
@@ -72,9 +76,10 @@ static inline void put_scaled(IVec sums, int32_t correction, float x_scale, cons
 
 // Rows [m, m + MR). The vectors of kLanes columns are added up together.
 template <int MR>
-static inline void int8_rows(const Int8Args& a, int64_t m, int64_t n_begin, int64_t n_end) {
+static inline void int8_rows(const Int8Args& a, int64_t m, int64_t n_begin, int64_t n_end,
+                             LinesAhead* ahead) {
   constexpr int NR = int8_columns(MR);
-  constexpr int64_t kDepth = kInt8InputBytes / MR / kInt8Padding * kInt8Padding;
+  constexpr int64_t kDepth = int8_depth(MR);
   const int8_t* x = a.x.values + m * a.x.stride;
   IVec sums[MR * kLanes];
   for (int64_t n = n_begin; n < n_end; n += kLanes) {
@@ -85,10 +90,10 @@ static inline void int8_rows(const Int8Args& a, int64_t m, int64_t n_begin, int6
       const int64_t end = min_of(begin + kDepth, a.k);
       int64_t j = 0;
       for (; j + NR <= columns; j += NR) {
-        int8_block<MR, NR>(x, a.x.stride, w + j * a.k, a.k, begin, end, sums + j);
+        int8_block<MR, NR>(x, a.x.stride, w + j * a.k, a.k, begin, end, sums + j, ahead->take());
       }
       for (; j < columns; ++j) {
-        int8_block<MR, 1>(x, a.x.stride, w + j * a.k, a.k, begin, end, sums + j);
+        int8_block<MR, 1>(x, a.x.stride, w + j * a.k, a.k, begin, end, sums + j, {});
       }
     }
     for (int i = 0; i < MR; ++i) {
@@ -110,21 +115,31 @@ static inline void int8_rows(const Int8Args& a, int64_t m, int64_t n_begin, int6
 // int8_rows for `mr` rows, 1 to MR.
 template <int MR>
 static inline void int8_panel(const Int8Args& a, int64_t mr, int64_t m, int64_t n_begin,
-                              int64_t n_end) {
-  if (mr == MR) return int8_rows<MR>(a, m, n_begin, n_end);
-  if constexpr (MR > 1) int8_panel<MR - 1>(a, mr, m, n_begin, n_end);
+                              int64_t n_end, LinesAhead* ahead) {
+  if (mr == MR) return int8_rows<MR>(a, m, n_begin, n_end, ahead);
+  if constexpr (MR > 1) int8_panel<MR - 1>(a, mr, m, n_begin, n_end, ahead);
 }
 
-static void int8_linear(const Int8Args& a, int64_t n_begin, int64_t n_end) {
+static void int8_linear(const Int8Args& a, const Columns& c) {
   const int64_t step = max_of(kLanes, kInt8BlockBytes / a.k / kLanes * kLanes);
-  for (int64_t n = n_begin; n < n_end; n += step) {
-    const int64_t stop = min_of(n + step, n_end);
-    if (int8_columns(a.rows) > 1) fetch(a.w + n * a.k, (stop - n) * a.k);
+  const int64_t all_panels = (a.rows + kInt8Rows - 1) / kInt8Rows;
+  const int64_t depth = int8_depth((a.rows + all_panels - 1) / all_panels);
+  const int64_t pieces = (a.k + depth - 1) / depth;
+  for (int64_t n = c.begin; n < c.end; n += step) {
+    const int64_t stop = min_of(n + step, c.end);
+    const int NR = int8_columns(a.rows);
+    LinesAhead ahead;
+    if (NR > 1) {
+      if (n == c.begin && !c.asked) fetch(a.w + n * a.k, (stop - n) * a.k);
+      const int64_t next = min_of(stop + step, stop < c.end ? c.end : c.ahead);
+      const int64_t calls = all_panels * pieces * max_of(1, (stop - n) / NR);
+      ahead = LinesAhead(a.w + stop * a.k, (next - stop) * a.k, calls);
+    }
     // Panels of nearly the same height, as in linear.inl.
-    int64_t panels = (a.rows + kInt8Rows - 1) / kInt8Rows;
+    int64_t panels = all_panels;
     for (int64_t m = 0; m < a.rows; --panels) {
       const int64_t mr = (a.rows - m + panels - 1) / panels;
-      int8_panel<kInt8Rows>(a, mr, m, n, stop);
+      int8_panel<kInt8Rows>(a, mr, m, n, stop, &ahead);
       m += mr;
     }
   }

@@ -33,6 +33,15 @@ struct LinearArgs {
   int64_t k;
 };
 
+// Columns [begin, end) of a result. The same thread goes on with [end, ahead), so their weights are
+// asked for beside the products; those of the first block of [begin, end) were before, if `asked`.
+struct Columns {
+  int64_t begin;
+  int64_t end;
+  int64_t ahead;
+  bool asked;
+};
+
 // Attention of a ragged batch over the KV slots of one layer.
 struct AttentionArgs {
   const void* q;  // [rows, q_heads, head_dim]
@@ -96,8 +105,7 @@ struct Kernels {
   // Converts [rows, k] of `type` to float32 rows of `x_stride` floats, zero padded.
   void (*to_float)(const void* x, ElementType type, int64_t rows, int64_t k, int64_t x_stride,
                    float* out);
-  // Columns [n_begin, n_end) of `out`.
-  void (*linear)(const LinearArgs& args, int64_t n_begin, int64_t n_end);
+  void (*linear)(const LinearArgs& args, const Columns& columns);
   // Floats of scratch that `attend` needs for a unit of `rows` = KV heads * tokens * group.
   int64_t (*attend_scratch_floats)(const AttentionArgs& args, int64_t rows);
   // Attends `unit`. With `partial` null the result goes to args.out; otherwise the state of each

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "kernels/cpu/columns.h"
 #include "kernels/cpu/ranges.h"
 #include "kernels/cpu/scratch.h"
 
@@ -56,13 +57,13 @@ void linear(const Kernels& kernels, const void* x, ElementType x_type, const voi
     args.x = wide;
   }
   if (rows * n * k <= kSerialWork) {
-    kernels.linear(args, 0, n);
+    kernels.linear(args, {0, n, n, false});
     return;
   }
   const bool wide = rows > kManyRows && n >= kUnitsPerThread * threads * kManyRowsColumns;
   const int64_t columns = wide ? kManyRowsColumns : kColumns;
-  parallel_ranges(parallel, threads, (n + columns - 1) / columns, [&](int64_t unit) {
-    kernels.linear(args, unit * columns, std::min(n, (unit + 1) * columns));
+  parallel_ranges(parallel, threads, (n + columns - 1) / columns, [&](const RangeUnit& unit) {
+    kernels.linear(args, unit_columns(unit, columns, n));
   });
 }
 

@@ -10,10 +10,17 @@
 
 namespace ellm {
 
-// body(i) once for every i in [0, units) on up to `threads` threads. Each begins at its own place
-// and goes on from there, so that what it reads is one stream, and then helps those behind.
+// A unit of work, and its thread's way through them.
+struct RangeUnit {
+  int64_t index;
+  int64_t next;  // what the thread is likely to take next, or `index` at its range's end
+  bool goes_on;  // it took the unit before this one too
+};
+
+// body(unit) once for every unit in [0, units) on up to `threads` threads. Each begins at its own
+// place and goes on from there, so that what it reads is one stream, and then helps those behind.
 inline void parallel_ranges(const ParallelFor& parallel, int64_t threads, int64_t units,
-                            const std::function<void(int64_t unit)>& body) {
+                            const std::function<void(const RangeUnit& unit)>& body) {
   const int64_t ranges = std::max<int64_t>(1, std::min(threads, units));
   const auto next = std::make_unique<std::atomic<int64_t>[]>(ranges);
   const auto begin = [&](int64_t range) { return units * range / ranges; };
@@ -22,7 +29,11 @@ inline void parallel_ranges(const ParallelFor& parallel, int64_t threads, int64_
     for (int64_t r = first; r < first + ranges; ++r) {
       std::atomic<int64_t>& at = next[r % ranges];
       const int64_t end = begin(r % ranges + 1);
-      for (int64_t unit = at.fetch_add(1); unit < end; unit = at.fetch_add(1)) body(unit);
+      int64_t last = -2;
+      for (int64_t unit = at.fetch_add(1); unit < end; unit = at.fetch_add(1)) {
+        body({unit, std::min(unit + 1, end - 1), unit == last + 1});
+        last = unit;
+      }
     }
   });
 }
