@@ -1,87 +1,29 @@
-"""The core of serving without a transport: bounds, fair queueing, streams and how they end."""
+"""The core of serving without a transport: streams, bounds, and how it all ends."""
 
 import asyncio
 import contextlib
-import random
 import threading
 from collections import Counter
 
 import pytest
 from engine_requests import wait_until
-from grpc_server import WAIT_S, checked_engine, held_bytes, wait_idle
-from hypothesis import given
-from hypothesis import strategies as st
+from grpc_server import WAIT_S, checked_engine, held_bytes
+from serving_calls import ALICE, BOB, Notes, call, serving, until
 
 from ellm_jax import SamplingParams, StructuredOutput
-from ellm_jax.outputs import RequestOutput
 from ellm_jax.serving.call import Call
 from ellm_jax.serving.errors import ErrorKind, ServiceError
-from ellm_jax.serving.fair_queue import FairQueue
-from ellm_jax.serving.observer import NullObserver
 from ellm_jax.serving.service import Service
-from ellm_jax.serving.settings import ServeConfig, is_loopback, read_keys, split_address
+from ellm_jax.serving.settings import ServeConfig
 from ellm_jax.serving.stream import RequestStream
-from ellm_jax.serving.tenants import Keys, Tenant, bearer_token
+from ellm_jax.serving.tenants import Tenant
 from ellm_jax.serving.texts import TEXTS_MAX
-
-ALICE, BOB = Tenant("alice"), Tenant("bob")
-KEY = "0123456789abcdef"
 
 
 @pytest.fixture(scope="module")
 def engine():
     with checked_engine() as engine:
         yield engine
-
-
-class Notes(NullObserver):
-    """Writes down what an observer is told."""
-
-    def __init__(self):
-        self.said = []
-
-    def on_admitted(self, call, prompt_tokens):
-        self.said.append(("admitted", call))
-
-    def on_refused(self, error, tenant):
-        self.said.append(("refused", error.kind))
-
-    def on_first_token(self, call, metrics):
-        assert metrics.first_token_s is not None
-        self.said.append(("first", call))
-
-    def on_finished(self, call, outcome):
-        done = isinstance(outcome, RequestOutput)
-        self.said.append(("finished", call, "done" if done else outcome.kind))
-
-
-def serving(engine, test, **config):
-    """Runs `await test(service, notes)`, and checks that each admitted call ended exactly once."""
-    notes = Notes()
-
-    async def main():
-        service = Service(engine, ServeConfig(**config), notes)
-        try:
-            await asyncio.wait_for(test(service, notes), WAIT_S)
-        finally:
-            await service.close()
-
-    asyncio.run(main())
-    wait_idle(engine)
-    admitted = Counter(id(entry[1]) for entry in notes.said if entry[0] == "admitted")
-    finished = Counter(id(entry[1]) for entry in notes.said if entry[0] == "finished")
-    assert admitted == finished
-    return notes
-
-
-def call(tokens=8, prompt=(5, 6, 7), tenant=ALICE, *, options=None, **sampling):
-    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, **sampling)
-    return Call(list(prompt), params, tenant, **(options or {}))
-
-
-async def until(condition):
-    while not condition():
-        await asyncio.sleep(0.005)
 
 
 # Streams.
@@ -336,114 +278,7 @@ def test_grammars_that_wait_too_long_are_no_fault_of_the_call(engine, monkeypatc
     assert [each[1] for each in notes.said[:2]] == [ErrorKind.OVERLOADED] * 2
 
 
-# The queue.
-
-
-def test_a_full_queue_refuses_but_makes_room_for_a_tenant_below_its_share(engine):
-    async def test(service, notes):
-        seats = 2 * engine.config.max_num_seqs
-        streams = [await service.open(call(900, (5, i))) for i in range(seats + 4)]
-        assert service.stats().queued == 4
-        with pytest.raises(ServiceError) as caught:
-            await service.open(call(4))
-        assert caught.value.kind is ErrorKind.OVERLOADED
-        assert caught.value.retry_after_s >= 1
-        bobs = await service.open(call(4, tenant=BOB))
-        with pytest.raises(ServiceError) as caught:
-            async for _ in streams[-1]:
-                pass
-        assert caught.value.kind is ErrorKind.OVERLOADED
-        assert service.stats().queued_by_tenant == {"alice": 3, "bob": 1}
-        streams[0].close()
-        async for _ in bobs:
-            pass
-        assert bobs.output().finished
-        assert not streams[-2].group.finished, "the other tenant was served before"
-        bobs.close()
-        for stream in streams:
-            stream.close()
-
-    serving(engine, test, max_queue=4)
-
-
-def test_completions_above_the_seats_run_alone(engine):
-    async def test(service, notes):
-        wide = call(4, n=3 * engine.config.max_num_seqs)
-        output, other = await asyncio.gather(service.complete(wide), service.complete(call(4)))
-        assert len(output.outputs) == 3 * engine.config.max_num_seqs
-        assert other.finished
-
-    serving(engine, test, max_n=64, max_queue=1)
-
-
-class Model:
-    """The queue in the simplest words: a clock per tenant, the lowest is next."""
-
-    def __init__(self):
-        self.items, self.clocks, self.now = [], {}, 0.0
-
-    def push(self, tenant, number, priority, cost):
-        if tenant not in self.clocks:
-            self.clocks[tenant] = self.now
-        self.items.append((tenant, priority, number, cost))
-
-    def pop(self):
-        def first(tenant):
-            return min(i[1:3] for i in self.items if i[0] == tenant)
-
-        waiting = {item[0] for item in self.items}
-        tenant = min(waiting, key=lambda t: (self.clocks[t], first(t)[1]))
-        item = min((i for i in self.items if i[0] == tenant), key=lambda i: i[1:3])
-        self.now = max(self.now, self.clocks[tenant])
-        self.clocks[tenant] += item[3]
-        self.take(item)
-        return item[2]
-
-    def take(self, item):
-        self.items.remove(item)
-        idle = item[0] not in {i[0] for i in self.items}
-        if idle and self.clocks[item[0]] <= self.now:
-            del self.clocks[item[0]]
-
-
-@given(st.lists(st.tuples(st.sampled_from("ppprx"), st.integers(0, 99)), max_size=60))
-def test_the_queue_does_as_its_model(moves):
-    queue, model, number = FairQueue(), Model(), 0
-    items = {}
-    for move, value in moves:
-        if move == "p":
-            tenant, priority, cost = "abc"[value % 3], value % 2, 1.0 + value % 7
-            items[number] = [number]
-            queue.push(tenant, items[number], priority, cost, 1 + value % 3)
-            model.push(tenant, number, priority, cost)
-            number += 1
-        elif move == "r" and model.items:
-            victim = model.items[value % len(model.items)]
-            model.take(victim)
-            assert queue.remove(items[victim[2]])
-            assert not queue.remove(items[victim[2]])
-        elif move == "x" and model.items:
-            assert queue.peek_seats() is not None
-            assert queue.pop()[0] == model.pop()
-        assert len(queue) == len(model.items)
-        assert sum(queue.waiting().values()) == queue.seats
-    assert (queue.peek_seats() is None) == (not model.items)
-
-
-def test_tenants_share_equally_however_much_one_asks():
-    queue, rng = FairQueue(), random.Random(5)
-    for index in range(500):
-        queue.push("greedy", [index], 0, rng.choice([1.0, 10.0]), 1)
-    for index in range(100):
-        queue.push("modest", [1000 + index], 0, 5.0, 1)
-    served = Counter()
-    for _ in range(150):
-        item = queue.pop()
-        served["modest" if item[0] >= 1000 else "greedy"] += 1
-    assert served["modest"] >= 70
-
-
-# Bounds, keys and settings.
+# Bounds.
 
 
 def test_every_bound_is_checked_before_anything_is_done(engine):
@@ -474,77 +309,6 @@ def test_every_bound_is_checked_before_anything_is_done(engine):
     bounds = {"max_n": 4, "max_stop": 3, "max_logit_bias": 3, "max_prompt_tokens": 20}
     notes = serving(engine, test, **bounds)
     assert sum(entry[0] == "refused" for entry in notes.said) == len(over) + 1
-
-
-def test_keys_tell_tenants_apart():
-    keys = Keys(ServeConfig(api_keys={"alice": KEY + "a", "bob": KEY + "b"}, admin_key=KEY + "c"))
-    assert keys.authenticate(KEY + "a") == Tenant("alice")
-    assert keys.authenticate(KEY + "c") == Tenant("admin", admin=True)
-    for wrong in (None, "", KEY, KEY + "A", KEY + "é", "x" * 10_000):
-        with pytest.raises(ServiceError) as caught:
-            keys.authenticate(wrong)
-        assert caught.value.kind is ErrorKind.UNAUTHENTICATED
-    assert ALICE.cache_salt != BOB.cache_salt
-    anybody = Keys(ServeConfig(admin_key=KEY))
-    assert anybody.authenticate(None) == anybody.authenticate("whatever") == Tenant("anonymous")
-    assert anybody.authenticate(KEY).admin
-    assert bearer_token("Bearer  x ") == bearer_token("bearer x") == "x"
-    assert bearer_token("Basic x") is bearer_token(None) is bearer_token("Bearer ") is None
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"grpc": "0.0.0.0:1"}, "there are no keys"),
-        ({"http": "[::]:1"}, "there are no keys"),
-        ({"http": "example.org:1"}, "there are no keys"),
-        ({"grpc": "127.0.0.1"}, "is no address"),
-        ({"grpc": "127.0.0.1:70000"}, "is no address"),
-        ({"api_keys": {"a": "short"}}, "16 or more"),
-        ({"api_keys": {"a": KEY, "b": KEY}}, "the same key"),
-        ({"api_keys": {"admin": KEY}}, "admin_key"),
-        ({"api_keys": {"": KEY}}, "names have"),
-        ({"tls_cert": "x"}, "belong together"),
-        ({"tls_client_ca": "x"}, "needs tls_cert"),
-        ({"max_queue": 0}, "max_queue=0"),
-        ({"max_n": True}, "max_n=True"),
-        ({"drain_s": -1}, "drain_s=-1"),
-        ({"drain_s": float("nan")}, "drain_s=nan"),
-        ({"log_level": "loud"}, "log_level"),
-    ],
-)
-def test_settings_that_make_no_sense(settings, message):
-    with pytest.raises(ValueError, match=message):
-        ServeConfig(**settings)
-
-
-def test_settings_do_not_show_keys_and_addresses_are_read(tmp_path):
-    config = ServeConfig(grpc="0.0.0.0:1", api_keys={"alice": KEY})
-    assert KEY not in repr(config)
-    assert ServeConfig(grpc="0.0.0.0:1", allow_unauthenticated=True).grpc == "0.0.0.0:1"
-    assert split_address("[::1]:80") == ("::1", 80)
-    hosts = {"127.0.0.1": True, "127.9.9.9": True, "::1": True, "localhost": True}
-    hosts |= {"0.0.0.0": False, "10.0.0.1": False, "localhost.evil.org": False}
-    assert {host: is_loopback(host) for host in hosts} == hosts
-    file = tmp_path / "keys.json"
-    file.write_text('{"alice": "' + KEY + '"}')
-    assert read_keys(file) == {"alice": KEY}
-    for text in ("[]", '{"a": 1}', "x"):
-        file.write_text(text)
-        with pytest.raises(ValueError, match="keys"):
-            read_keys(file)
-
-
-def test_tenants_share_no_prefixes(engine):
-    async def test(service, notes):
-        prompt = list(range(100, 400))
-        first = await service.complete(call(2, prompt, ALICE))
-        others = await service.complete(call(2, prompt, BOB))
-        again = await service.complete(call(2, prompt, ALICE))
-        assert first.metrics.cached_tokens == others.metrics.cached_tokens == 0
-        assert again.metrics.cached_tokens > 0
-
-    serving(engine, test)
 
 
 # The end.
