@@ -55,6 +55,13 @@ class Piece:
     end: int
     at: int
 
+    def within(self, rows: range) -> Piece:
+        """What of it lies in these rows of the part, maybe nothing, as a piece of those rows."""
+        size = self.end - self.begin
+        first, last = (min(max(row - self.at, 0), size) for row in (rows.start, rows.stop))
+        at = min(max(self.at - rows.start, 0), len(rows))
+        return Piece(self.axis, self.begin + first, self.begin + last, at)
+
 
 @dataclass(frozen=True)
 class Shards:

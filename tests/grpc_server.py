@@ -7,7 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import grpc
+import pytest
 from engine_requests import wait_until
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 
 from ellm_jax import Engine, EngineConfig
 from ellm_jax.protocol.v1 import ellm_pb2 as pb
@@ -196,3 +199,17 @@ def request(prompt: Any = "Once upon a time", *, request_id: str = "", **samplin
 def endless(tokens: int = 1000, **sampling: Any) -> Any:
     """A request that takes a while."""
     return request([5, 6, 7], max_tokens=tokens, ignore_eos=True, **sampling)
+
+
+def failure(call: Callable[[], object]) -> tuple[Any, dict[str, Any]]:
+    """The error that a call ends with, and its details by the name of their kind."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    details: dict[str, Any] = {}
+    status = rpc_status.from_call(caught.value)
+    for packed in () if status is None else status.details:
+        kind = getattr(error_details_pb2, packed.TypeName().rpartition(".")[2])
+        detail = kind()
+        assert packed.Unpack(detail)
+        details[kind.DESCRIPTOR.name] = detail
+    return caught.value, details

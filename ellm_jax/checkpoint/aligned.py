@@ -16,6 +16,7 @@ from ellm_jax.models.shards import Piece
 # What XLA's CPU backend asks of a buffer that it shall use without a copy.
 ALIGNMENT_BYTES = 64
 _OWN_PAGES_BYTES = 1 << 20  # What has as many gets pages of its own.
+_BLOCK_ELEMENTS = 2 << 20  # Of a matrix without layers.
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -48,12 +49,15 @@ def _pages(size_bytes: int) -> mmap.mmap:
     return pages
 
 
-def blocks_of(name: str, shape: tuple[int, ...], by_layer: Collection[str]) -> list[range]:
-    """The layers that are read at a time into one array, of a part of this shape: all of them, or
-    each by itself. A parameter that is not stacked over layers is one block."""
-    if name not in by_layer or not name.startswith("blocks."):
-        return [range(shape[0])]
-    return [range(layer, layer + 1) for layer in range(shape[0])]
+def blocks_of(name: str, shape: tuple[int, ...], in_blocks: Collection[str]) -> list[range]:
+    """What is read at a time into one array, along the first axis of a part of this shape: all of
+    it; or, of the parameters in `in_blocks`, one layer, or some rows where there are no layers."""
+    size = shape[0]
+    step = size
+    if name in in_blocks:
+        step = 1 if name.startswith("blocks.") else _BLOCK_ELEMENTS // math.prod(shape[1:])
+    step = max(1, step)
+    return [range(begin, min(begin + step, size)) for begin in range(0, size, step)]
 
 
 def blank(param: NDArray[Any], axis: int | None, last: Piece) -> int:

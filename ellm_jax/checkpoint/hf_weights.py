@@ -33,14 +33,15 @@ def read_hf_params(
     dtype: np.dtype[Any],
     advance: Advance,
     shards: Shards = WHOLE,
-    by_layer: Collection[str] = (),
+    in_blocks: Collection[str] = (),
     layout: Layout | None = None,
     skip: Collection[str] = (),
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     """Yield the parameters of `param_shapes` one by one, in `dtype`: of each the parts of all
-    devices, in their order. Only what a part holds is read for it. Of those in `by_layer` that are
-    stacked, each layer comes in an array of its own, `[1, ...]`. Matrices that are stored quantised
-    in `layout` are dequantised. Parameters in `skip` are left out.
+    devices, in their order. Only what a part holds is read for it. Those in `in_blocks` come in
+    several arrays each: a layer in one, `[1, ...]`, or some rows where there are no layers.
+    Matrices that are stored quantised in `layout` are dequantised. Parameters in `skip` are left
+    out.
 
     Every file is checked before the first byte of weights is read. Beyond the arrays it yields it
     holds one piece of `PIECE_BYTES`. `advance` is told bytes of the result.
@@ -57,14 +58,16 @@ def read_hf_params(
                 continue
             part = shards.part_shape(name, shape)
             for index in range(shards.count):
-                for layers in blocks_of(name, part, by_layer):
-                    param = aligned_empty((len(layers), *part[1:]), dtype)
+                for block in blocks_of(name, part, in_blocks):
+                    param = aligned_empty((len(block), *part[1:]), dtype)
                     for piece in shards.pieces(name, config, shape, index):
+                        if piece.axis == 0:
+                            piece = piece.within(block)
                         for placement in by_param[name]:
                             layer = placement.layer
-                            if layer is not None and layer not in layers:
+                            if layer is not None and layer not in block:
                                 continue
-                            at = slice(None) if layer is None else layer - layers.start
+                            at = slice(None) if layer is None else layer - block.start
                             _place(param[at], piece, placement, source[placement.name], advance)
                     advance(blank(param, shards.axis(name), piece))
                     yield name, param

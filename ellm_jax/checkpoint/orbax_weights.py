@@ -56,11 +56,11 @@ def read_orbax_params(
     dtype: np.dtype[Any],
     advance: Advance,
     shards: Shards = WHOLE,
-    by_layer: Collection[str] = (),
+    in_blocks: Collection[str] = (),
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     """Yield the parameters of `param_shapes` one by one, in `dtype`: of each the parts of all
-    devices, in their order. Of those in `by_layer` that are stacked, each layer comes in an array
-    of its own, `[1, ...]`.
+    devices, in their order. Those in `in_blocks` come in several arrays each: a layer in one,
+    `[1, ...]`, or some rows where there are no layers.
 
     Raises:
         CheckpointError: if the checkpoint is damaged or not of this model.
@@ -82,11 +82,13 @@ def read_orbax_params(
                 )
         part = shards.part_shape(name, shape)
         for index in range(shards.count):
-            for layers in blocks_of(name, part, by_layer):
-                param = aligned_empty((len(layers), *part[1:]), dtype)
+            for block in blocks_of(name, part, in_blocks):
+                param = aligned_empty((len(block), *part[1:]), dtype)
                 with _named(name, root):
                     for piece in shards.pieces(name, config, shape, index):
-                        _fill(param, stored, piece, layers, advance)
+                        if piece.axis == 0:
+                            piece = piece.within(block)
+                        _fill(param, stored, piece, block, advance)
                 advance(blank(param, shards.axis(name), piece))
                 yield name, param
                 del param  # not to hold two at once

@@ -29,8 +29,8 @@ def quantized_params(
     """Yields what `held_params` names, from parameters as the readers yield them: of each the parts
     of all devices, in their order. Only the matrices in `names` are quantised.
 
-    Matrices may come in any number of layers at a time; beside what it yields, one such block is
-    held.
+    Matrices may come in any number of layers, or rows, at a time; beside what it yields, one such
+    block is held.
     """
     held = held_params(config, quantization)
     open_parts: dict[str, Int4Part | Int8Part] = {}
