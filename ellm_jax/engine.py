@@ -113,11 +113,11 @@ class Engine(Completions):
 
     def stats(self) -> LoopStats:
         """Where the host loop's time went since the start or the last `reset_stats`."""
-        log = self._loop.ledger.events
+        totals = self._loop.ledger.events.totals()
         return dataclasses.replace(
             self._loop.stats,
-            moves=dict(log.counts),
-            moved_bytes=dict(log.bytes),
+            moves={kind: count for kind, (count, _) in totals.items()},
+            moved_bytes={kind: moved for kind, (_, moved) in totals.items()},
             compiled_steps=self._compiler.compiled,
         )
 
@@ -206,10 +206,8 @@ class Engine(Completions):
         """Starts the statistics and the peaks of the memory anew."""
 
         def reset() -> None:
-            log = self._loop.ledger.events
             self._loop.stats.reset()
-            log.counts.clear()
-            log.bytes.clear()
+            self._loop.ledger.events.reset_totals()
             self._loop.ledger.reset_peaks()
 
         self._thread.call(reset)

@@ -94,9 +94,10 @@ def test_the_command(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved = tmp_path / "m.json"
-    command = ["bench", "memory", "--model", str(tiny_checkpoint("llama")), "--quiet"]
-    command += ["--context", "32", "--output-len", "150", "--seconds", "0.2", "--no-warm-up"]
-    command += ["--device-memory", "8MiB", "--max-num-seqs", "2", "--max-batch-tokens", "16"]
+    model = str(tiny_checkpoint("llama", context=1024))
+    command = ["bench", "memory", "--model", model, "--quiet"]
+    command += ["--context", "32", "--output-len", "900", "--seconds", "0.2", "--no-warm-up"]
+    command += ["--device-memory", "24MiB", "--max-num-seqs", "2", "--max-batch-tokens", "16"]
     policies = ["--policy", "elastic", "--policy", "static-chunked"]
     assert main([*command, *policies, "--json", "--save", str(saved)]) == 0
     written = json.loads(capsys.readouterr().out)

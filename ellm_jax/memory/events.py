@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -47,8 +47,7 @@ class EventLog:
         """`clock` gives seconds, monotonic."""
         self.clock = clock
         self._events: deque[MemoryEvent] = deque(maxlen=_KEPT)
-        self.counts: Counter[str] = Counter()
-        self.bytes: Counter[str] = Counter()
+        self._totals: dict[str, tuple[int, int]] = {}
 
     def add(
         self,
@@ -63,8 +62,16 @@ class EventLog:
         self._events.append(
             MemoryEvent(now, kind, count_bytes, cause, 1e6 * (now - begin_s), request_id)
         )
-        self.counts[kind] += 1
-        self.bytes[kind] += count_bytes
+        count, total_bytes = self._totals.get(kind, (0, 0))
+        self._totals[kind] = (count + 1, total_bytes + count_bytes)
+
+    def totals(self) -> dict[str, tuple[int, int]]:
+        """How many moves and bytes of each kind there were, together as of one moment."""
+        return dict(self._totals)
+
+    def reset_totals(self) -> None:
+        """Counts from here on."""
+        self._totals = {}
 
     def latest(self) -> list[MemoryEvent]:
         """The events kept, oldest first."""

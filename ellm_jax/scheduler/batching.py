@@ -161,6 +161,8 @@ class Scheduler(Queues):
             )
 
     def _add_prefills(self, draft: Draft) -> None:
+        if len(draft.shares) == len(self.running):
+            return  # all of them decode
         for request in self.running:
             if request.remaining > 1 and not request.parked and draft.open_to(request):
                 prefill = draft.largest_share(request)

@@ -201,7 +201,7 @@ class _Story:
             self._steps,
             len(self._requests),
             dict(Counter(str(request.finish_reason) for request in self._requests)),
-            dict(world.events.counts),
+            {kind: count for kind, (count, _) in world.events.totals().items()},
             world.clock(),
             self._fingerprint,
         )
