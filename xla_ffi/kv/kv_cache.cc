@@ -31,8 +31,10 @@ Result<std::shared_ptr<KvCache>> KvCache::Create(std::shared_ptr<ChunkPool> pool
                                       ", the pool of " + human_bytes(pool->chunk_bytes()) +
                                       "; make the pool with the layout's");
   }
+  Driver& driver = pool->driver();
   std::byte* base = nullptr;
-  if (Status s = pool->driver().reserve(layout.reserved_bytes(), pool->chunk_bytes(), &base);
+  if (Status s = driver.reserve(layout.reserved_bytes(),
+                                std::max(pool->chunk_bytes(), driver.large_bytes()), &base);
       !s.ok()) {
     return s;
   }

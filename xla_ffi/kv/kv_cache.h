@@ -157,7 +157,7 @@ class KvCache {
   int32_t hand_out(Slot* slot);
   // Makes what readers see follow the tensor and `held`.
   void publish(Slot* slot);
-  Status acquire(size_t n, std::vector<ChunkId>* ids);
+  Status acquire(size_t n, const std::vector<Destination>& where, std::vector<ChunkId>* ids);
   // Maps ids[...] for extend(), or leaves every slot as before.
   Status map_all(size_t n, const int32_t* slots, const int64_t* tokens,
                  const std::vector<ChunkId>& ids);

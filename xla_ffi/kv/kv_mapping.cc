@@ -13,6 +13,7 @@ Status KvCache::extend(size_t n, const int32_t* slots, const int64_t* tokens) {
   if (Status s = entry.status_if_open(); !s.ok()) return s;
   ++extend_calls_;
   size_t missing = 0;
+  std::vector<Destination> where;
   for (size_t i = 0; i < n; ++i) {
     if (Status s = check_held(slots[i], "extend"); !s.ok()) return s;
     if (Status s = check_tokens(tokens[i]); !s.ok()) return of_slot(slots[i], s);
@@ -27,12 +28,15 @@ Status KvCache::extend(size_t n, const int32_t* slots, const int64_t* tokens) {
                                         " is listed twice in one extend; list it once");
     }
     const auto need = static_cast<size_t>(layout_.chunks_for(tokens[i]));
-    missing += need - std::min(need, slot.tensor.chunks().size());
+    const size_t mapped = slot.tensor.chunks().size();
+    if (need <= mapped) continue;
+    missing += need - mapped;
+    where.push_back({slot.tensor.address_of(mapped), need - mapped});
   }
   if (missing == 0) return Status::Ok();
   std::vector<ChunkId> ids;
   ids.reserve(missing);
-  if (Status s = acquire(missing, &ids); !s.ok()) return s;
+  if (Status s = acquire(missing, where, &ids); !s.ok()) return s;
   return map_all(n, slots, tokens, ids);
 }
 
@@ -54,14 +58,14 @@ Result<size_t> KvCache::premap(size_t n, const int32_t* slots, const int64_t* to
     const auto need = static_cast<size_t>(layout_.chunks_for(tokens[i]));
     if (need <= slot.promised) continue;
     const size_t missing = need - slot.promised;
-    Claim claim = pool_->claim_up_to(Owner::kKv, missing);
-    const size_t got = claim.chunks;
+    Claim claim = pool_->claim_up_to(Owner::kKv, {slot.tensor.address_of(slot.promised), missing});
+    const size_t got = claim.chunks.size();
     if (got > 0) {
       slot.promised += got;
       taken += got;
       jobs.push_back({slots[i], [this, &slot, claim = std::move(claim)]() mutable {
                         std::vector<ChunkId> ids;
-                        ids.reserve(claim.chunks);
+                        ids.reserve(claim.chunks.size());
                         // What fails here is free again, and extend() will report it if it lasts.
                         if (pool_->fill(std::move(claim), &ids).ok()) {
                           (void)slot.tensor.extend(ids);
@@ -120,9 +124,10 @@ Status KvCache::map_all(size_t n, const int32_t* slots, const int64_t* tokens,
   return failure;
 }
 
-Status KvCache::acquire(size_t n, std::vector<ChunkId>* ids) {
+Status KvCache::acquire(size_t n, const std::vector<Destination>& where,
+                        std::vector<ChunkId>* ids) {
   for (;;) {
-    Status s = pool_->acquire(Owner::kKv, n, ids);
+    Status s = pool_->acquire(Owner::kKv, n, ids, where);
     if (s.code() != Code::kOutOfMemory) return s;
     (void)await_dying_slots();
     const size_t obtainable = pool_->usage().obtainable / pool_->chunk_bytes();

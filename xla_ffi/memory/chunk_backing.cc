@@ -33,22 +33,28 @@ std::vector<Handle> ChunkPool::take_backed_for_destruction(size_t n) {
   std::vector<Handle> handles;
   handles.reserve(n);
   while (handles.size() < n) {
-    const auto highest = std::prev(backed_.end());
-    handles.push_back(highest->first);
-    chunks_[highest->second].handle = 0;
-    vacant_.push_back(highest->second);
-    backed_.erase(highest);
+    const BackedChunks::Backed last = backed_.take_last();
+    handles.push_back(last.handle);
+    chunks_[last.index].handle = 0;
+    vacant_.push_back(last.index);
   }
   destroying_bytes_ += n * chunk_bytes_;
   backing_ = false;  // Or the thread would make again what has to go.
   return handles;
 }
 
-Status ChunkPool::create_handles(size_t n, std::vector<Handle>* out) {
+Status ChunkPool::create_handles(size_t n, bool large, std::vector<Handle>* out) {
   Status failure = Status::Ok();
   const auto start = std::chrono::steady_clock::now();
+  const size_t before = out->size();
   uint64_t calls = 0;
-  while (failure.ok() && calls < n) {
+  if (large) {
+    out->resize(before + n);
+    failure = driver_->create_large(chunk_bytes_, n, out->data() + before);
+    if (!failure.ok()) out->resize(before);
+    ++calls;
+  }
+  for (size_t i = 0; !large && i < n && failure.ok(); ++i) {
     Handle handle = 0;
     failure = driver_->create(chunk_bytes_, &handle);
     if (failure.ok()) out->push_back(handle);
@@ -76,7 +82,7 @@ Status ChunkPool::destroy_handles(const std::vector<Handle>& handles, size_t* de
     destroy_calls_ += handles.size();
     destroy_ns_ += ns_since(start);
     destroying_bytes_ -= handles.size() * chunk_bytes_;
-    for (const Handle handle : kept) backed_.emplace(handle, add_chunk(handle));
+    for (const Handle handle : kept) backed_.add(handle, add_chunk(handle));
   }
   changed_.notify_all();
   return failure;
@@ -130,10 +136,11 @@ void ChunkPool::back_on_demand() {
     note_physical();
     lock.unlock();
     std::vector<Handle> made;
-    const bool refused = !create_handles(1, &made).ok();  // acquire() will say why, if it lasts.
+    const bool refused =
+        !create_handles(1, false, &made).ok();  // acquire() will say why, if it lasts.
     lock.lock();
     making_bytes_ -= chunk_bytes_;
-    for (const Handle handle : made) backed_.emplace(handle, add_chunk(handle));
+    for (const Handle handle : made) backed_.add(handle, add_chunk(handle));
     if (refused) backing_ = false;
     changed_.notify_all();
   }

@@ -14,6 +14,11 @@ constexpr const char* kOwnerNames[kOwnerCount] = {"kv",      "cache",     "activ
 
 size_t at(Owner owner) { return static_cast<size_t>(owner); }
 
+size_t large_chunks(const Driver& driver, size_t chunk_bytes) {
+  const size_t large_bytes = driver.large_bytes();
+  return large_bytes == 0 ? 0 : std::max<size_t>(1, large_bytes / chunk_bytes);
+}
+
 bool owns_chunks(Owner owner) {
   return owner == Owner::kKv || owner == Owner::kCache || owner == Owner::kActivation ||
          owner == Owner::kWorkspace;
@@ -44,7 +49,11 @@ Result<std::shared_ptr<ChunkPool>> ChunkPool::Create(std::shared_ptr<Driver> dri
 }
 
 ChunkPool::ChunkPool(std::shared_ptr<Driver> driver, size_t chunk_bytes, size_t limit_bytes)
-    : driver_(std::move(driver)), chunk_bytes_(chunk_bytes), limit_(limit_bytes) {}
+    : driver_(std::move(driver)),
+      chunk_bytes_(chunk_bytes),
+      large_chunks_(large_chunks(*driver_, chunk_bytes)),
+      limit_(limit_bytes),
+      backed_(chunk_bytes, std::max<size_t>(1, large_chunks_)) {}
 
 ChunkPool::~ChunkPool() {
   back_ahead(0);
@@ -94,12 +103,35 @@ Status ChunkPool::out_of_memory(const std::string& asked) const {
   return Status(Code::kOutOfMemory, std::move(message));
 }
 
-Claim ChunkPool::take(Owner owner, size_t n) {
-  Claim claim{owner, n, {}};
-  claim.backed.reserve(std::min(n, backed_.size()));
-  while (claim.backed.size() < n && !backed_.empty()) {
-    claim.backed.push_back(backed_.begin()->second);
-    backed_.erase(backed_.begin());
+Claim ChunkPool::take(Owner owner, size_t n, const std::vector<Destination>& where) {
+  Claim claim{owner, std::vector<uint32_t>(n, Claim::kUnmade), {}};
+  std::vector<uint32_t>& chunks = claim.chunks;
+  if (large_chunks_ > 0) {
+    size_t first = 0;
+    for (const Destination& d : where) {
+      const size_t past = reinterpret_cast<uintptr_t>(d.at) / chunk_bytes_ % large_chunks_;
+      size_t begin = past == 0 ? 0 : large_chunks_ - past;
+      for (; begin + large_chunks_ <= std::min(d.chunks, n - first); begin += large_chunks_) {
+        if (!backed_.take_group(&chunks[first + begin])) claim.large.push_back(first + begin);
+      }
+      first += std::min(d.chunks, n - first);
+    }
+  }
+  // What is backed is used up before anything is made; what would fill a large page waits longest.
+  const auto take_backed = [&](size_t begin, size_t end) {
+    for (size_t i = begin; i < end && !backed_.empty(); ++i) {
+      if (chunks[i] == Claim::kUnmade) chunks[i] = backed_.take();
+    }
+  };
+  size_t done = 0;
+  for (const size_t large : claim.large) {
+    take_backed(done, large);
+    done = large + large_chunks_;
+  }
+  take_backed(done, n);
+  while (!claim.large.empty() && !backed_.empty()) {
+    take_backed(claim.large.back(), claim.large.back() + large_chunks_);
+    claim.large.pop_back();
   }
   add(owner, n * chunk_bytes_);
   note_physical();
@@ -110,7 +142,8 @@ Claim ChunkPool::take(Owner owner, size_t n) {
   return claim;
 }
 
-Status ChunkPool::acquire(Owner owner, size_t n, std::vector<ChunkId>* out) {
+Status ChunkPool::acquire(Owner owner, size_t n, std::vector<ChunkId>* out,
+                          const std::vector<Destination>& where) {
   if (!owns_chunks(owner)) {
     return Status(Code::kInvalid, std::string("chunks cannot be acquired for ") +
                                       owner_name(owner) +
@@ -130,36 +163,54 @@ Status ChunkPool::acquire(Owner owner, size_t n, std::vector<ChunkId>* out) {
       }
       changed_.wait(lock);  // What the ledger has free may be in the middle of being destroyed.
     }
-    claim = take(owner, n);
+    claim = take(owner, n, where);
   }
   return fill(std::move(claim), out);
 }
 
-Claim ChunkPool::claim_up_to(Owner owner, size_t n) {
+Claim ChunkPool::claim_up_to(Owner owner, Destination where) {
   std::lock_guard<std::mutex> lock(mutex_);
   const size_t at_once = backed_.size() + (limit_ - physical()) / chunk_bytes_;
-  return take(owner, std::min({n, at_once, (limit_ - claimed()) / chunk_bytes_}));
+  return take(owner, std::min({where.chunks, at_once, (limit_ - claimed()) / chunk_bytes_}),
+              {where});
 }
 
 Status ChunkPool::fill(Claim claim, std::vector<ChunkId>* out) {
-  const size_t missing = claim.chunks - claim.backed.size();
+  std::vector<uint32_t>& chunks = claim.chunks;
   std::vector<Handle> created;
-  if (missing > 0) {
-    if (Status failure = create_handles(missing, &created); !failure.ok()) {
-      {
-        std::lock_guard<std::mutex> lock(mutex_);
-        subtract(claim.owner, claim.chunks * chunk_bytes_);
-        for (const uint32_t index : claim.backed) backed_.emplace(chunks_[index].handle, index);
-        destroying_bytes_ += created.size() * chunk_bytes_;
-      }
-      size_t destroyed;
-      (void)destroy_handles(created, &destroyed);  // The failure to create is the one to report.
-      return failure;
+  Status failure = Status::Ok();
+  auto large = claim.large.begin();
+  for (size_t i = 0; i < chunks.size() && failure.ok();) {
+    size_t end = i;
+    const bool in_large = large != claim.large.end() && *large == i;
+    if (in_large) {
+      for (; large != claim.large.end() && *large == end; ++large) end += large_chunks_;
+    } else {
+      const size_t limit = large == claim.large.end() ? chunks.size() : *large;
+      while (end < limit && chunks[end] == Claim::kUnmade) ++end;
     }
+    if (end > i) failure = create_handles(end - i, in_large, &created);
+    i = std::max(end, i + 1);
+  }
+  if (!failure.ok()) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      subtract(claim.owner, chunks.size() * chunk_bytes_);
+      for (const uint32_t index : chunks) {
+        if (index != Claim::kUnmade) backed_.add(chunks_[index].handle, index);
+      }
+      destroying_bytes_ += created.size() * chunk_bytes_;
+    }
+    size_t destroyed;
+    (void)destroy_handles(created, &destroyed);  // The failure to create is the one to report.
+    return failure;
   }
   std::lock_guard<std::mutex> lock(mutex_);
-  for (const Handle handle : created) claim.backed.push_back(add_chunk(handle));
-  for (const uint32_t index : claim.backed) out->push_back(own(index, claim.owner));
+  auto handle = created.begin();
+  for (uint32_t& index : chunks) {
+    if (index == Claim::kUnmade) index = add_chunk(*handle++);
+    out->push_back(own(index, claim.owner));
+  }
   return Status::Ok();
 }
 

@@ -5,7 +5,6 @@
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -13,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "memory/backed_chunks.h"
 #include "memory/driver.h"
 #include "memory/status.h"
 
@@ -34,11 +34,20 @@ using ChunkId = uint64_t;
 // kAvailable.
 enum class Reference : uint8_t { kLive, kIdle };
 
+// Where chunks are going to be mapped, `chunks` of them side by side: who says so gets them in
+// large pages where they fill such.
+struct Destination {
+  const std::byte* at = nullptr;
+  size_t chunks = 0;
+};
+
 // Chunks that are counted, but whose memory may still have to be made; see ChunkPool::claim_up_to.
 struct Claim {
+  static constexpr uint32_t kUnmade = UINT32_MAX;
+
   Owner owner = Owner::kKv;
-  size_t chunks = 0;
-  std::vector<uint32_t> backed;  // Those of them that have memory.
+  std::vector<uint32_t> chunks;  // In the pool, or kUnmade.
+  std::vector<size_t> large;     // Where in `chunks` those begin that would fill a large page.
 };
 
 // What retire() found, in chunks.
@@ -80,13 +89,15 @@ class ChunkPool {
   ChunkPool& operator=(const ChunkPool&) = delete;
 
   // Appends `n` chunks to `out`, each with one live reference; all or nothing. `owner` is kKv,
-  // kCache, kActivation or kWorkspace. Errors: kOutOfMemory, kDriver, kInvalid; the ledger is then
-  // as before.
-  Status acquire(Owner owner, size_t n, std::vector<ChunkId>* out);
-  // The halves of acquire. The first counts up to `n` chunks as the owner's, as many as can be had
-  // at once: it neither waits nor calls the driver. The second gets the memory that they lack; it
-  // is owed for every claim. Errors of fill: kDriver; the claim is then undone.
-  Claim claim_up_to(Owner owner, size_t n);
+  // kCache, kActivation or kWorkspace. They come in the order of `where`, which is for `n` chunks
+  // or empty. Errors: kOutOfMemory, kDriver, kInvalid; the ledger is then as before.
+  Status acquire(Owner owner, size_t n, std::vector<ChunkId>* out,
+                 const std::vector<Destination>& where = {});
+  // The halves of acquire. The first counts up to as many chunks as the destination has as the
+  // owner's, as many as can be had at once: it neither waits nor calls the driver. The second gets
+  // the memory that they lack; it is owed for every claim. Errors of fill: kDriver; the claim is
+  // then undone.
+  Claim claim_up_to(Owner owner, Destination where);
   Status fill(Claim claim, std::vector<ChunkId>* out);
 
   // One more live reference to each chunk; all or nothing. Errors: kInvalid, also for chunks with
@@ -162,7 +173,7 @@ class ChunkPool {
   // Makes the owner follow the references, which have changed.
   void update_owner(ChunkId id);
   // Counts `n` chunks, which are free, for a claim.
-  Claim take(Owner owner, size_t n);
+  Claim take(Owner owner, size_t n, const std::vector<Destination>& where);
   uint32_t add_chunk(Handle handle);
   std::vector<Handle> take_backed_for_destruction(size_t n);
   size_t claimed() const;   // All owners and kAvailable.
@@ -176,13 +187,16 @@ class ChunkPool {
 
   // The functions below are called without the lock.
   void back_on_demand();  // The thread.
-  Status create_handles(size_t n, std::vector<Handle>* out);
+  // `n` handles, in large pages if they are neighbours and fill such. Appends what it got before it
+  // failed.
+  Status create_handles(size_t n, bool large, std::vector<Handle>* out);
   // Destroys handles that are counted in destroying_bytes_. Goes on after a failure, keeps what did
   // not go as backed free chunks, and reports the first error.
   Status destroy_handles(const std::vector<Handle>& handles, size_t* destroyed);
 
   const std::shared_ptr<Driver> driver_;
   const size_t chunk_bytes_;
+  const size_t large_chunks_;  // That fill a large page, or are one and more; 0: there are none.
 
   mutable std::mutex mutex_;
   // destroying_bytes_, making_bytes_ or expected_returns_ has fallen.
@@ -202,9 +216,7 @@ class ChunkPool {
   std::condition_variable backing_wanted_;
   std::vector<Chunk> chunks_;
   std::vector<uint32_t> vacant_;
-  // Backed free chunks by handle: the lowest are handed out first, the highest destroyed first, so
-  // that chunks given out together tend to be neighbours.
-  std::map<Handle, uint32_t> backed_;
+  BackedChunks backed_;
   uint64_t create_calls_ = 0, create_ns_ = 0, destroy_calls_ = 0, destroy_ns_ = 0;
   std::mutex backer_mutex_;  // Guards the thread's start and end.
   std::thread backer_;       // Last: it uses what stands above.

@@ -34,7 +34,7 @@ void ChunkPool::update_owner(ChunkId id) {
   Chunk& chunk = chunks_[index];
   if (!chunk.held()) {
     subtract(chunk.owner, chunk_bytes_);
-    backed_.emplace(chunk.handle, index);
+    backed_.add(chunk.handle, index);
     return;
   }
   const Owner owner = chunk.live > 0 ? chunk.acquired_for

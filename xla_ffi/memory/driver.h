@@ -33,6 +33,12 @@ class Driver {
 
   // Takes physical memory, which is mapped nowhere yet. Its contents are undefined.
   virtual Status create(size_t bytes, Handle* handle) = 0;
+  // The size of a large page: mapped from a multiple of it, as much memory from create_large() is
+  // cheaper to map, and to reach for whoever goes through much of it. 0: there are none.
+  virtual size_t large_bytes() const { return 0; }
+  // Takes `n` handles of `chunk_bytes` each, neighbours from a multiple of large_bytes() on, in all
+  // a multiple of it; in large pages as far as the system has them. All or nothing.
+  virtual Status create_large(size_t chunk_bytes, size_t n, Handle* handles);
   // Gives it back to the system; it may be mapped nowhere.
   virtual Status destroy(Handle handle, size_t bytes) = 0;
 
@@ -50,5 +56,9 @@ class Driver {
   // know it otherwise. Errors: kDriver, where some of what was started has failed.
   virtual Status synchronize() { return Status::Ok(); }
 };
+
+inline Status Driver::create_large(size_t, size_t, Handle*) {
+  return Status(Code::kInvalid, "this driver has no large pages: take memory with create()");
+}
 
 }  // namespace ellm

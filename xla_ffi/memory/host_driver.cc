@@ -16,6 +16,7 @@ namespace ellm {
 namespace {
 
 constexpr int kReservedFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+constexpr int kCollapse = 25;  // MADV_COLLAPSE, which older headers do not have.
 
 Status system_error(const std::string& what, int error, const char* remedy) {
   std::string message = what + ": " + std::strerror(error);
@@ -38,6 +39,13 @@ size_t max_map_count() {
   return count;
 }
 
+// The size of a transparent large page; 0 without them.
+size_t large_page_bytes() {
+  size_t bytes = 0;
+  std::ifstream("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size") >> bytes;
+  return bytes;
+}
+
 // The end of the run of neighbours that starts with handle `first`.
 size_t run_end(const Handle* handles, size_t first, size_t n, size_t chunk_bytes) {
   size_t last = first + 1;
@@ -53,8 +61,8 @@ Result<std::shared_ptr<HostDriver>> HostDriver::Create() {
     return system_error("cannot make an anonymous memory file (memfd_create)", errno,
                         "free some memory");
   }
-  return std::shared_ptr<HostDriver>(
-      new HostDriver(fd, static_cast<size_t>(sysconf(_SC_PAGESIZE)), max_map_count() / 4 * 3));
+  return std::shared_ptr<HostDriver>(new HostDriver(fd, static_cast<size_t>(sysconf(_SC_PAGESIZE)),
+                                                    large_page_bytes(), max_map_count() / 4 * 3));
 }
 
 HostDriver::~HostDriver() { close(fd_); }
@@ -123,6 +131,28 @@ Handle HostDriver::take_extent(size_t bytes) {
   return handle;
 }
 
+Handle HostDriver::take_aligned_extent(size_t bytes) {
+  const auto aligned = [this](Handle handle) {
+    return (handle + large_bytes_ - 1) / large_bytes_ * large_bytes_;
+  };
+  auto gap = gaps_.begin();
+  while (gap != gaps_.end() && aligned(gap->first) + bytes > gap->first + gap->second) ++gap;
+  Handle begin = end_;
+  Handle handle = aligned(end_);
+  Handle end = handle + bytes;
+  if (gap == gaps_.end()) {
+    end_ = end;
+  } else {
+    begin = gap->first;
+    handle = aligned(begin);
+    end = begin + gap->second;
+    gaps_.erase(gap);
+  }
+  if (begin < handle) gaps_.emplace(begin, handle - begin);
+  if (handle + bytes < end) gaps_.emplace(handle + bytes, end - handle - bytes);
+  return handle;
+}
+
 void HostDriver::free_extent(Handle handle, size_t bytes) {
   auto next = gaps_.lower_bound(handle);
   if (next != gaps_.end() && next->first == handle + bytes) {
@@ -151,16 +181,61 @@ Status HostDriver::create(size_t bytes, Handle* handle) {
     std::lock_guard<std::mutex> lock(mutex_);
     taken = take_extent(bytes);
   }
-  const int error = fallocate_fully(fd_, 0, static_cast<off_t>(taken), static_cast<off_t>(bytes));
+  if (Status s = take_memory(taken, bytes); !s.ok()) return s;
   std::lock_guard<std::mutex> lock(mutex_);
-  if (error != 0) {
-    free_extent(taken, bytes);
-    return system_error("cannot take " + human_bytes(bytes) + " of memory from the system", error,
-                        "the machine is short of memory: lower the limit or free some");
-  }
   live_.emplace(taken, bytes);
   *handle = taken;
   return Status::Ok();
+}
+
+Status HostDriver::create_large(size_t chunk_bytes, size_t n, Handle* handles) {
+  if (Status s = check_size("create", chunk_bytes); !s.ok()) return s;
+  const size_t bytes = n * chunk_bytes;
+  if (large_bytes_ == 0 || bytes == 0 || bytes % large_bytes_ != 0) {
+    return Status(Code::kInvalid, "cannot create " + human_bytes(bytes) + " in large pages of " +
+                                      human_bytes(large_bytes_) + "; pass a positive multiple");
+  }
+  Handle taken;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    taken = take_aligned_extent(bytes);
+  }
+  take_large_pages(taken, bytes);
+  if (Status s = take_memory(taken, bytes); !s.ok()) return s;
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (size_t i = 0; i < n; ++i) {
+    handles[i] = taken + i * chunk_bytes;
+    live_.emplace(handles[i], chunk_bytes);
+  }
+  return Status::Ok();
+}
+
+Status HostDriver::take_memory(Handle extent, size_t bytes) {
+  const int error = fallocate_fully(fd_, 0, static_cast<off_t>(extent), static_cast<off_t>(bytes));
+  if (error == 0) return Status::Ok();
+  // It may have got a part, of pages that large ones were to be made from.
+  (void)fallocate_fully(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(extent),
+                        static_cast<off_t>(bytes));
+  std::lock_guard<std::mutex> lock(mutex_);
+  free_extent(extent, bytes);
+  return system_error("cannot take " + human_bytes(bytes) + " of memory from the system", error,
+                      "the machine is short of memory: lower the limit or free some");
+}
+
+void HostDriver::take_large_pages(Handle extent, size_t bytes) {
+  // The system makes one of what is there of a large page, so something has to be; and it does so
+  // where the file is mapped.
+  for (Handle end = extent + large_bytes_; end <= extent + bytes; end += large_bytes_) {
+    const auto last_page = static_cast<off_t>(end - page_bytes_);
+    if (fallocate_fully(fd_, 0, last_page, static_cast<off_t>(page_bytes_)) != 0) return;
+  }
+  std::byte* base = nullptr;
+  if (!reserve(bytes, large_bytes_, &base).ok()) return;
+  void* got = mmap(base, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd_,
+                   static_cast<off_t>(extent));
+  // One call for all: each begins with waiting for every processor.
+  if (got != MAP_FAILED) (void)madvise(base, bytes, kCollapse);
+  munmap(base, bytes);
 }
 
 Status HostDriver::destroy(Handle handle, size_t bytes) {

@@ -60,6 +60,7 @@ class VirtualTensor {
 
   TensorState state() const { return state_; }
   std::byte* base() const { return base_; }
+  std::byte* address_of(size_t chunk) const { return base_ + chunk * pool_->chunk_bytes(); }
   size_t capacity_chunks() const { return capacity_chunks_; }
   const std::vector<ChunkId>& chunks() const { return chunks_; }
 

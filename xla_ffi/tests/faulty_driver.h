@@ -62,6 +62,7 @@ class FaultyDriver : public Driver {
   size_t granularity_bytes() const override { return driver_->granularity_bytes(); }
   Reach reach() const override { return driver_->reach(); }
   int ordinal() const override { return driver_->ordinal(); }
+  size_t large_bytes() const override { return driver_->large_bytes(); }
   Status synchronize() override { return driver_->synchronize(); }
 
   Status reserve(size_t bytes, size_t alignment, std::byte** base) override {
@@ -92,6 +93,16 @@ class FaultyDriver : public Driver {
     Status s = driver_->create(bytes, handle);
     std::lock_guard<std::mutex> lock(mutex_);
     if (s.ok()) expect(handles_.emplace(*handle, bytes).second, "create of a handle that exists");
+    return s;
+  }
+
+  Status create_large(size_t chunk_bytes, size_t n, Handle* handles) override {
+    if (fails()) return failed("create_large");
+    Status s = driver_->create_large(chunk_bytes, n, handles);
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (size_t i = 0; i < n && s.ok(); ++i) {
+      expect(handles_.emplace(handles[i], chunk_bytes).second, "create of a handle that exists");
+    }
     return s;
   }
 
