@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ellm_jax._native import OutOfMemory
 from ellm_jax.checkpoint import (
+    in_panels,
     load_model,
     read_config,
     resolve_dtype,
@@ -116,6 +117,8 @@ def assemble(
     quantization: str | Quantization | None = config.quantization
     if device.platform == "cpu" and config.load_format != "dummy":
         quantization = resolve_quantization(path, model_config, config.quantization)
+    if device.platform == "cpu" and dtype == "bfloat16":
+        quantization = in_panels(model_config, quantization, device.shards)
     weights = weights_bytes(model_config, dtype, device.shards, quantization)
     try:
         pool.reserve("weights", weights)

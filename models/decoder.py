@@ -15,7 +15,7 @@ from ellm_jax.models.collectives import closed, embedded, scored
 from ellm_jax.models.config import ModelConfig
 from ellm_jax.models.ops import HeadNorms, ModelOps
 from ellm_jax.models.params import Held, held_params, param_shapes, scale_of, zero_of
-from ellm_jax.models.quantization import Quantization
+from ellm_jax.models.quantization import Format, Quantization, quantization_of
 from ellm_jax.models.rope import rotation
 from ellm_jax.models.shards import CLOSING, WHOLE, Shards
 
@@ -46,26 +46,30 @@ def _product(
     ops: ModelOps,
     owner: nnx.Module,
     name: str,
+    form: Format | None,
     x: jax.Array,
     layer: jax.Array | None,
     outputs: int,
     out_dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    """x times a matrix of `owner` with so many outputs, in whichever way it is held; one that is
-    not stacked over layers has no `layer`."""
+    """x times a matrix of `owner` with so many outputs, which is held in this form; one that is not
+    stacked over layers has no `layer`."""
 
     def stacked(param: str) -> jax.Array:
         array: jax.Array = getattr(owner, param)[...]
         return array if layer is not None else array[None]
 
     index = jnp.int32(0) if layer is None else layer
-    if hasattr(owner, scale_of(name)):
-        weight, scale = stacked(name), stacked(scale_of(name))
-        if weight.dtype == jnp.int8:
-            return ops.linear_int8(x, weight, scale, index, out_dtype)
-        zero = stacked(zero_of(name)) if hasattr(owner, zero_of(name)) else None
-        return ops.linear_int4(x, weight, scale, zero, index, outputs, out_dtype)
-    return ops.linear(x, stacked(name), index, out_dtype)
+    weight = stacked(name)
+    if form is None:
+        return ops.linear(x, weight, index, out_dtype)
+    if form.bits == 16:
+        return ops.linear_panels(x, weight, index, out_dtype)
+    scale = stacked(scale_of(name))
+    if form.bits == 8:
+        return ops.linear_int8(x, weight, scale, index, out_dtype)
+    zero = stacked(zero_of(name)) if form.zeros else None
+    return ops.linear_int4(x, weight, scale, zero, index, outputs, out_dtype)
 
 
 class Wanted(NamedTuple):
@@ -221,8 +225,9 @@ class Decoder(nnx.Module):
         """x times a matrix of a layer, of which `this` is all that is not a matrix."""
 
         def product(x: jax.Array) -> jax.Array:
-            outputs = self._outputs(f"blocks.{name}")
-            return _product(ops, self.blocks, name, x, this["layer"], outputs)
+            matrix = f"blocks.{name}"
+            outputs = self._outputs(matrix)
+            return _product(ops, self.blocks, name, self._form(matrix), x, this["layer"], outputs)
 
         y = closed(self.shards, product, x) if name in CLOSING else product(x)
         return y + this[f"{name}_bias"] if f"{name}_bias" in this else y
@@ -230,8 +235,12 @@ class Decoder(nnx.Module):
     def logits(self, hidden: jax.Array, ops: ModelOps) -> jax.Array:
         """Scores of every token of the vocabulary: `[R, H]` in, `f32[R, V]` out."""
         head = "lm_head" if hasattr(self, "lm_head") else "embed"
-        part = _product(ops, self, head, hidden, None, self._outputs("embed"), jnp.float32)
+        outputs = self._outputs("embed")
+        part = _product(ops, self, head, self._form(head), hidden, None, outputs, jnp.float32)
         return scored(self.shards, part, self.config.vocab_size)
+
+    def _form(self, matrix: str) -> Format | None:
+        return quantization_of(self.quantization).format_of(matrix)
 
     def _outputs(self, matrix: str) -> int:
         """Of a device's part of it."""

@@ -49,6 +49,26 @@ class ModelOps(Protocol):
         """
         ...
 
+    def linear_panels(
+        self,
+        x: jax.Array,
+        weight: jax.Array,
+        layer: jax.Array,
+        out_dtype: DTypeLike | None = None,
+    ) -> jax.Array:
+        """`linear` with each layer of the weight in panels: `Format` with 16 bits says how.
+
+        Args:
+            x: `[T, K]`, K even.
+            weight: `bf16[L, N, K]`, all layers.
+            layer: `i32[]`.
+            out_dtype: of the result; None takes that of x.
+
+        Returns:
+            `[T, N]`.
+        """
+        ...
+
     def linear_int8(
         self,
         x: jax.Array,

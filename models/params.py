@@ -33,7 +33,8 @@ def zero_of(matrix: str) -> str:
 
 
 def held_params(config: ModelConfig, quantization: str | Quantization | None) -> dict[str, Held]:
-    """What a decoder holds, by dotted name: with None the parameters of `param_shapes`.
+    """What a decoder holds, by dotted name: with None the parameters of `param_shapes`, and so with
+    matrices in panels.
 
     A quantised matrix is followed by its scales, `scale_of(name)`, and its zero points,
     `zero_of(name)`, where it has such; `Format` says their shapes. Embeddings and vectors stay as
@@ -46,7 +47,7 @@ def held_params(config: ModelConfig, quantization: str | Quantization | None) ->
         shapes.setdefault("lm_head", shapes["embed"])
     for name, shape in shapes.items():
         form = chosen.format_of(name)
-        if form is None:
+        if form is None or form.bits == 16:
             held[name] = Held(shape, None)
         elif form.bits == 8:
             held[name] = Held(shape, "int8")

@@ -1,4 +1,5 @@
-"""How the matrices of a decoder are held in less than the dtype of the computation."""
+"""How the matrices of a decoder are held where that is not row by row in the dtype of the
+computation."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from types import MappingProxyType
 
 PANEL_OUTPUTS = 16
 """Outputs whose 4-bit weights lie together."""
+WIDE_PANEL_OUTPUTS = 64
+"""The same of bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,9 @@ class Format:
         bits: 8: `i8[N, K]`, and a float32 scale per output. 4: steps from 0 to 15, packed two to a
             byte in panels of `PANEL_OUTPUTS` outputs, `u8[N / 16, K / group, 8 group]`, and a
             float16 scale per output and group, `f16[N / 16, K / group, 16]`. What does not divide
-            is rounded up.
+            is rounded up. 16: bfloat16 in panels of `WIDE_PANEL_OUTPUTS` outputs, fewer in the last
+            one: of each panel two inputs after two, for each pair of inputs output after output. The
+            array is still called `[N, K]`, K being even.
         group: with 4 bits, 32 or 128: inputs that share a scale.
         zeros: with 4 bits: whether groups have zero points, held like the scales as `u8`; else the
             zero point is 8.
@@ -52,6 +57,8 @@ class Quantization:
 
 _MATRICES = ("blocks.qkv", "blocks.o", "blocks.gate_up", "blocks.down")
 _INT8 = Format(8)
+PANELS = Format(16)
+"""As kernels of the CPU multiply fastest, and in no fewer bytes."""
 # The head stays in 8 bits: it is where the model's opinions are read, and a small part of it.
 NAMED: Mapping[str, Quantization] = MappingProxyType(
     {

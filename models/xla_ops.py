@@ -10,6 +10,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from ellm_jax.models.ops import HeadNorms
+from ellm_jax.models.quantization import WIDE_PANEL_OUTPUTS
 from ellm_jax.models.rope import apply_rotation
 
 
@@ -31,6 +32,27 @@ class XlaOps:
             precision=lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
         ).astype(x.dtype if out_dtype is None else out_dtype)
+
+    def linear_panels(
+        self,
+        x: jax.Array,
+        weight: jax.Array,
+        layer: jax.Array,
+        out_dtype: DTypeLike | None = None,
+    ) -> jax.Array:
+        """See `ModelOps.linear_panels`."""
+        matrix = weight[layer]
+        outputs, inputs = matrix.shape
+        last = outputs // WIDE_PANEL_OUTPUTS * WIDE_PANEL_OUTPUTS
+
+        def by_row(panels: jax.Array, width: int) -> jax.Array:
+            pairs = panels.reshape(-1, inputs // 2, width, 2)
+            return pairs.swapaxes(1, 2).reshape(-1, inputs)
+
+        parts = [by_row(matrix[:last], WIDE_PANEL_OUTPUTS)]
+        if last < outputs:
+            parts.append(by_row(matrix[last:], outputs - last))
+        return self.linear(x, jnp.concatenate(parts)[None], jnp.int32(0), out_dtype)
 
     def linear_int8(
         self,

@@ -342,6 +342,14 @@ def load_cuda_attention(
     no sense, or that the kernels do not take.
     """
 
+def pack_panels(rows: npt.NDArray[np.uint16], first: int, panels: npt.NDArray[np.uint16]) -> None:
+    """Puts rows `[R, K]` of a matrix of bfloat16, `first` being the first of them, into its panels,
+    `[N, K]`; `ModelOps.linear_panels` multiplies by them. K is even.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+
 def quantize_int8(
     x: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
     values: npt.NDArray[np.int8],

@@ -19,6 +19,7 @@ void bind_kv(nanobind::module_& m);
 void bind_tiers(nanobind::module_& m);
 void bind_int4(nanobind::module_& m);
 void bind_int8(nanobind::module_& m);
+void bind_panels(nanobind::module_& m);
 void bind_cuda_attention(nanobind::module_& m);
 void bind_devices(nanobind::module_& m);
 

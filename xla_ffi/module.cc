@@ -26,6 +26,7 @@ NB_MODULE(_native, m) {
   bind_tiers(m);
   bind_int4(m);
   bind_int8(m);
+  bind_panels(m);
   bind_cuda_attention(m);
   m.def("ffi_registrations", &ffi_registrations, "FFI target name -> capsule of its handler.");
   m.def("cpu_isa", &cpu_isa, "The instruction set of the kernels in use.");

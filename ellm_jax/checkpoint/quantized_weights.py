@@ -1,20 +1,27 @@
-"""Matrices that are quantised while they are loaded."""
+"""Matrices that are quantised, or put into panels, while they are loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from numpy.typing import NDArray
 
 from ellm_jax.checkpoint.int4_weights import Int4Part
 from ellm_jax.checkpoint.int8_weights import Int8Part
+from ellm_jax.checkpoint.panel_weights import PanelsPart
 from ellm_jax.models import ModelConfig, Quantization, held_params
 from ellm_jax.models.shards import Shards
 
+_PARTS: Mapping[int, type[Int4Part | Int8Part | PanelsPart]] = {
+    4: Int4Part,
+    8: Int8Part,
+    16: PanelsPart,
+}
+
 
 def quantized_names(config: ModelConfig, quantization: Quantization) -> set[str]:
-    """The matrices that are held in less than the dtype of the computation."""
+    """The matrices that are not held row by row in the dtype of the computation."""
     held = held_params(config, quantization)
     return {name for name in held if quantization.format_of(name) is not None}
 
@@ -27,13 +34,13 @@ def quantized_params(
     names: Collection[str],
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     """Yields what `held_params` names, from parameters as the readers yield them: of each the parts
-    of all devices, in their order. Only the matrices in `names` are quantised.
+    of all devices, in their order. Only the matrices in `names` are held otherwise than they come.
 
     Matrices may come in any number of layers, or rows, at a time; beside what it yields, one such
     block is held.
     """
     held = held_params(config, quantization)
-    open_parts: dict[str, Int4Part | Int8Part] = {}
+    open_parts: dict[str, Int4Part | Int8Part | PanelsPart] = {}
     for name, array in params:
         if name not in names:
             yield name, array
@@ -41,8 +48,9 @@ def quantized_params(
             name = "lm_head"
         if name in names:
             if name not in open_parts:
-                kind = Int8Part if held[name].dtype == "int8" else Int4Part
-                open_parts[name] = kind(name, held, shards)
+                form = quantization.format_of(name)
+                assert form is not None
+                open_parts[name] = _PARTS[form.bits](name, held, shards)
             if open_parts[name].add(array):
                 yield from open_parts.pop(name).params()
         del array  # not to hold two at once

@@ -80,7 +80,13 @@ def attention(
 
 
 def linear(
-    x: jax.Array, weight: jax.Array, layer: jax.Array, rows: jax.Array, out_dtype: DTypeLike
+    x: jax.Array,
+    weight: jax.Array,
+    layer: jax.Array,
+    rows: jax.Array,
+    out_dtype: DTypeLike,
+    *,
+    panels: bool = False,
 ) -> jax.Array:
     """`x[:rows] @ weight[layer].T`, accumulated in float32; each row in an order of its own.
 
@@ -90,6 +96,7 @@ def linear(
         layer: `i32[]`.
         rows: `i32[1]`, rows in use.
         out_dtype: float32 or bfloat16.
+        panels: each layer of the weight is in panels, as `ModelOps.linear_panels` says.
 
     Returns:
         `[T, N]`, zero past `rows`.
@@ -97,7 +104,7 @@ def linear(
     call = jax.ffi.ffi_call(
         "ellm_linear", jax.ShapeDtypeStruct((x.shape[0], weight.shape[1]), out_dtype)
     )
-    out: jax.Array = call(x, weight, layer.reshape(1), rows)
+    out: jax.Array = call(x, weight, layer.reshape(1), rows, panels=panels)
     return out
 
 
@@ -266,6 +273,17 @@ class NativeOps:
     ) -> jax.Array:
         """See `ModelOps.linear`; rows past those in use are zero."""
         return linear(x, weight, layer, self._rows, x.dtype if out_dtype is None else out_dtype)
+
+    def linear_panels(
+        self,
+        x: jax.Array,
+        weight: jax.Array,
+        layer: jax.Array,
+        out_dtype: DTypeLike | None = None,
+    ) -> jax.Array:
+        """See `ModelOps.linear_panels`; rows past those in use are zero."""
+        dtype = x.dtype if out_dtype is None else out_dtype
+        return linear(x, weight, layer, self._rows, dtype, panels=True)
 
     def linear_int8(
         self,

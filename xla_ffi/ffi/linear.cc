@@ -8,6 +8,7 @@
 #include "ffi/handlers.h"
 #include "ffi/thread_pool.h"
 #include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/panels.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ellm {
@@ -17,9 +18,10 @@ namespace xf = xla::ffi;
 namespace {
 
 // x [T, K], weight [L, N, K], layer s32[1], rows s32[1] -> out [T, N]; rows past `rows` are zero.
+// With `panels` each layer of the weight is in panels.
 xf::Error linear_impl(xf::ThreadPool pool, xf::AnyBuffer x, xf::AnyBuffer weight,
                       xf::Buffer<xf::S32> layer, xf::Buffer<xf::S32> rows,
-                      xf::Result<xf::AnyBuffer> out) {
+                      xf::Result<xf::AnyBuffer> out, bool panels) {
   const auto xd = x.dimensions();
   const auto wd = weight.dimensions();
   const auto od = out->dimensions();
@@ -44,13 +46,25 @@ xf::Error linear_impl(xf::ThreadPool pool, xf::AnyBuffer x, xf::AnyBuffer weight
   }
   const int64_t n = wd[1];
   const int64_t k = wd[2];
+  if (panels && (w_type != ElementType::kBFloat16 || k % 2 != 0)) {
+    return xf::Error(xf::ErrorCode::kInvalidArgument,
+                     "ellm_linear: weights in panels have to be bfloat16 with an even number of "
+                     "inputs, not " +
+                         std::to_string(k));
+  }
   const char* w =
       static_cast<const char*>(weight.untyped_data()) + l * n * k * element_bytes(w_type);
   XlaParallel parallel(pool);
-  linear(
-      kernels(), x.untyped_data(), x_type, w, w_type, out->untyped_data(), out_type, used, n, k,
-      [&](int64_t units, const std::function<void(int64_t)>& body) { parallel(units, body); },
-      parallel.num_threads());
+  const auto spread = [&](int64_t units, const std::function<void(int64_t)>& body) {
+    parallel(units, body);
+  };
+  if (panels) {
+    linear_panels(kernels(), x.untyped_data(), x_type, reinterpret_cast<const uint16_t*>(w),
+                  out->untyped_data(), out_type, used, n, k, spread, parallel.num_threads());
+  } else {
+    linear(kernels(), x.untyped_data(), x_type, w, w_type, out->untyped_data(), out_type, used, n,
+           k, spread, parallel.num_threads());
+  }
   const int64_t row_bytes = n * element_bytes(out_type);
   std::memset(static_cast<char*>(out->untyped_data()) + used * row_bytes, 0,
               (xd[0] - used) * row_bytes);
@@ -66,6 +80,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_handler, linear_impl,
                                   .Arg<xf::AnyBuffer>()
                                   .Arg<xf::Buffer<xf::S32>>()
                                   .Arg<xf::Buffer<xf::S32>>()
-                                  .Ret<xf::AnyBuffer>());
+                                  .Ret<xf::AnyBuffer>()
+                                  .Attr<bool>("panels"));
 
 }  // namespace ellm

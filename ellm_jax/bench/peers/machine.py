@@ -70,7 +70,10 @@ def _by_ours(precision: str, threads: int) -> float:
     ops.register()
     x, weight = jnp.ones((_ROWS, _INPUTS), precision), jnp.ones((1, _OUTPUTS, _INPUTS), precision)
     layer, rows = jnp.int32(0), jnp.full(1, _ROWS, jnp.int32)
-    product = jax.jit(lambda x, weight: ops.linear(x, weight, layer, rows, precision))
+    panels = precision == "bfloat16"
+    product = jax.jit(
+        lambda x, weight: ops.linear(x, weight, layer, rows, precision, panels=panels)
+    )
     return _best_s(lambda: product(x, weight).block_until_ready())
 
 

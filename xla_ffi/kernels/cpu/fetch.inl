@@ -20,6 +20,12 @@ struct Lines {
   const char* at = nullptr;
   int64_t left = 0;
 
+  inline void ask(int64_t count) {
+    for (int64_t i = min_of(count, left); i > 0; --i, --left, at += kLineBytes) {
+      __builtin_prefetch(at, 0, 2);
+    }
+  }
+
   template <int Count>
   inline void ask() {
     if (left <= 0) return;

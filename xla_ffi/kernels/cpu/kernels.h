@@ -106,6 +106,9 @@ struct Kernels {
   void (*to_float)(const void* x, ElementType type, int64_t rows, int64_t k, int64_t x_stride,
                    float* out);
   void (*linear)(const LinearArgs& args, const Columns& columns);
+  // The same with w in panels (panels.h) of bfloat16, columns that begin at panels, and x dense:
+  // float32, or bfloat16 where bf16_pairs.
+  void (*linear_panels)(const LinearArgs& args, const Columns& columns);
   // Floats of scratch that `attend` needs for a unit of `rows` = KV heads * tokens * group.
   int64_t (*attend_scratch_floats)(const AttentionArgs& args, int64_t rows);
   // Attends `unit`. With `partial` null the result goes to args.out; otherwise the state of each

@@ -1,0 +1,198 @@
+// Linear layers over weights in panels, against float64 and against themselves in other company.
+#include "kernels/cpu/panels.h"
+
+#include <algorithm>
+
+#include "check.h"
+#include "kernel_fixtures.h"
+
+namespace ellm {
+namespace {
+
+constexpr int64_t kRanges = 3;
+constexpr ElementType kBf16 = ElementType::kBFloat16;
+
+const uint16_t* bits(const Elements& e) { return reinterpret_cast<const uint16_t*>(e.at(0)); }
+uint16_t* bits(Elements& e) { return reinterpret_cast<uint16_t*>(e.at(0)); }
+
+struct Problem {
+  int64_t rows, n, k;
+  ElementType x_type, out_type;
+  Elements x, w, panels;
+
+  Problem(int64_t rows, int64_t n, int64_t k, ElementType x_type, ElementType out_type,
+          std::mt19937_64* random)
+      : rows(rows),
+        n(n),
+        k(k),
+        x_type(x_type),
+        out_type(out_type),
+        x(random_elements(x_type, rows * k, random)),
+        w(random_elements(kBf16, n * k, random)),
+        panels(kBf16, n * k) {
+    pack_panels(bits(w), 0, n, n, k, bits(panels));
+  }
+
+  // Rows [begin, end) as a batch of their own.
+  Elements run(const Kernels& kernels, int64_t begin, int64_t end,
+               const ParallelFor& parallel = run_serially) const {
+    Elements part(x_type, (end - begin) * k);  // apart, so that reading past its end is an error
+    part.copy(0, x, begin * k, (end - begin) * k);
+    Elements out(out_type, (end - begin) * n);
+    linear_panels(kernels, part.at(0), x_type, bits(panels), out.at(0), out_type, end - begin, n, k,
+                  parallel, kRanges);
+    return out;
+  }
+  Elements run(const Kernels& kernels) const { return run(kernels, 0, rows); }
+};
+
+void check_against_float64(const Kernels& kernels, const Problem& p) {
+  const Elements out = p.run(kernels);
+  for (int64_t m = 0; m < p.rows; ++m) {
+    for (int64_t n = 0; n < p.n; ++n) {
+      double exact = 0, size = 0;
+      for (int64_t i = 0; i < p.k; ++i) {
+        const double term = double{p.x.get(m * p.k + i)} * p.w.get(n * p.k + i);
+        exact += term;
+        size += std::fabs(term);
+      }
+      double bound = 1e-6 * size;
+      if (p.out_type == kBf16) bound += std::fabs(exact) / 256;
+      const double error = std::fabs(out.get(m * p.n + n) - exact);
+      if (error <= bound) continue;
+      std::cerr << kernels.isa << " " << p.rows << " " << p.n << " " << p.k << ": row " << m
+                << " column " << n << ": " << out.get(m * p.n + n) << ", float64 " << exact << "\n";
+      CHECK(error <= bound);
+      return;
+    }
+  }
+}
+
+TEST(each_weight_has_one_place_whatever_rows_come_together) {
+  std::mt19937_64 random(check::seed);
+  for (int64_t n : {1, 15, 64, 65, 130, 200}) {
+    for (int64_t k : {2, 14, 34, 64}) {
+      const Elements w = random_elements(kBf16, n * k, &random);
+      Elements panels(kBf16, n * k), in_parts(kBf16, n * k);
+      pack_panels(bits(w), 0, n, n, k, bits(panels));
+      for (int64_t row = 0; row < n; ++row) {
+        const int64_t first = row / kPanelOutputs * kPanelOutputs;
+        const int64_t width = std::min(kPanelOutputs, n - first);
+        for (int64_t i = 0; i < k; ++i) {
+          const int64_t at = first * k + i / 2 * 2 * width + 2 * (row - first) + i % 2;
+          if (!CHECK(w.same(row * k + i, panels, at, 1))) return;
+        }
+      }
+      for (int64_t begin = 0; begin < n;) {
+        const int64_t count = std::min<int64_t>(n - begin, 1 + random() % 70);
+        pack_panels(bits(w) + begin * k, begin, count, n, k, bits(in_parts));
+        begin += count;
+      }
+      CHECK(in_parts.same(0, panels, 0, panels.size()));
+    }
+  }
+}
+
+TEST(panels_match_float64) {
+  std::mt19937_64 random(check::seed);
+  for (const Kernels* kernels : machine_kernels()) {
+    int64_t rows = 0;
+    for (int64_t n : {1, 3, 16, 17, 64, 67, 130, 256}) {
+      for (int64_t k : {2, 6, 16, 34, 100, 258}) {
+        rows = rows % 20 + 1;
+        for (ElementType x : kTypes) {
+          for (ElementType out : kTypes) {
+            check_against_float64(*kernels, Problem(rows, n, k, x, out, &random));
+          }
+        }
+      }
+    }
+    // More inputs than are taken at a time, and more rows than wait together.
+    check_against_float64(*kernels, Problem(7, 70, 5002, kBf16, ElementType::kFloat32, &random));
+    check_against_float64(*kernels, Problem(390, 66, 2052, kBf16, kBf16, &random));
+  }
+}
+
+TEST(panel_rows_do_not_depend_on_the_batch) {
+  std::mt19937_64 random(check::seed);
+  for (const Kernels* kernels : machine_kernels()) {
+    for (ElementType type : kTypes) {
+      for (int64_t k : {24, 210, 2100}) {
+        const Problem p(20, 75, k, type, ElementType::kFloat32, &random);
+        const Elements all = p.run(*kernels);
+        for (int64_t size = 1; size < p.rows; ++size) {
+          for (int64_t begin : {int64_t{0}, p.rows - size, (p.rows - size) / 2}) {
+            const Elements some = p.run(*kernels, begin, begin + size);
+            if (!CHECK(some.same(0, all, begin * p.n, size * p.n))) return;
+          }
+        }
+      }
+    }
+    const Problem many(200, 64, 2100, kBf16, kBf16, &random);
+    const Elements all = many.run(*kernels);
+    for (int64_t begin : {0, 150, 191, 192, 199}) {
+      const Elements one = many.run(*kernels, begin, begin + 1);
+      if (!CHECK(one.same(0, all, begin * many.n, many.n))) return;
+    }
+  }
+}
+
+// A column is the same number in a matrix of other columns: devices that share a matrix by its
+// outputs compute what one would.
+TEST(panel_columns_do_not_depend_on_the_matrix_around_them) {
+  std::mt19937_64 random(check::seed);
+  for (const Kernels* kernels : machine_kernels()) {
+    const Problem p(9, 200, 136, kBf16, ElementType::kFloat32, &random);
+    const Elements all = p.run(*kernels);
+    for (int64_t begin : {0, 50, 64, 100, 137}) {
+      const int64_t n = p.n - begin;
+      Elements panels(kBf16, n * p.k), out(p.out_type, p.rows * n);
+      pack_panels(bits(p.w) + begin * p.k, 0, n, n, p.k, bits(panels));
+      linear_panels(*kernels, p.x.at(0), p.x_type, bits(panels), out.at(0), p.out_type, p.rows, n,
+                    p.k, run_serially, kRanges);
+      for (int64_t m = 0; m < p.rows; ++m) {
+        if (!CHECK(out.same(m * n, all, m * p.n + begin, n))) return;
+      }
+    }
+  }
+}
+
+TEST(panels_on_threads_equal_serial) {
+  std::mt19937_64 random(check::seed);
+  for (const Kernels* kernels : machine_kernels()) {
+    for (ElementType type : kTypes) {
+      for (int64_t rows : {1, 5, 70}) {
+        const Problem p(rows, 515, 136, type, type, &random);
+        const Elements serial = p.run(*kernels);
+        for (int repeat = 0; repeat < 3; ++repeat) {
+          const Elements out = p.run(*kernels, 0, rows, threaded(4));
+          if (!CHECK(out.same(0, serial, 0, serial.size()))) return;
+        }
+      }
+    }
+  }
+}
+
+TEST(panels_keep_nan_and_infinity_in_their_row) {
+  std::mt19937_64 random(check::seed);
+  for (const Kernels* kernels : machine_kernels()) {
+    for (ElementType type : kTypes) {
+      Problem p(11, 67, 50, type, type, &random);
+      const Elements clean = p.run(*kernels);
+      for (float bad :
+           {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+        for (int64_t at : {0, 49}) {
+          Problem dirty = p;
+          dirty.x.set(4 * p.k + at, bad);
+          const Elements out = dirty.run(*kernels);
+          CHECK(out.same(0, clean, 0, 4 * p.n));
+          CHECK(out.same(5 * p.n, clean, 5 * p.n, 6 * p.n));
+          for (int64_t n = 0; n < p.n; ++n) CHECK(!std::isfinite(out.get(4 * p.n + n)));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace ellm
