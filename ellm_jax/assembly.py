@@ -43,7 +43,7 @@ TINY_MODEL = pathlib.Path(__file__).parent / "tiny"
 """The model in the package."""
 
 
-_STATE_SHARE = 1 / 16
+_STATE_SHARE = 1 / 64
 """Most of the limit that the sampler state takes; requests that need a row of it wait for one."""
 _SMALLEST_SHARE_TOKENS = 2048
 """KV of so many tokens is the least that the host tier's logical size is scaled down to."""
