@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import re
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ _PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "tokenizers", "safeten
 _LARGEST_CHUNK_BYTES = 2 * 2**20
 _SPARE_MAPPINGS = 4096
 """Mappings that the rest of a process takes, with a margin."""
+_LARGE_PAGES_SINCE = (6, 1)
+"""The Linux that first makes large pages of memory files on request."""
 _SELF_TEST_MEMORY = "256MiB"
 
 
@@ -135,14 +138,19 @@ def _kernel() -> Iterator[Finding]:
         f"{most}; a pool of the free memory in chunks of 2 MiB needs at most {wanted}",
         "" if enough else f"sysctl vm.max_map_count={wanted}, or set --device-memory lower",
     )
-    huge = pathlib.Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+    yield Finding("kernel", "large pages for KV", "ok", _large_pages(), "")
+
+
+def _large_pages() -> str:
+    """What the kernel has of them. The driver asks for each itself, so no setting matters."""
     try:
-        words = huge.read_text().split()
-    except OSError:
-        words = []
-    chosen = next((word.strip("[]") for word in words if word.startswith("[")), "not there")
-    # For information: the driver backs chunks when it creates them, in pages of the base size.
-    yield Finding("kernel", "huge pages for shared memory", "ok", chosen, "")
+        size = int(pathlib.Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read_text())
+    except (OSError, ValueError):
+        return "none: the kernel has no transparent ones"
+    release = platform.release()
+    if tuple(map(int, re.findall(r"\d+", release)[:2])) < _LARGE_PAGES_SINCE:
+        return f"none: Linux {release} makes none of memory files; 6.1 and later do"
+    return f"{format_bytes(size)} where a prompt fills them"
 
 
 def _cache() -> Iterator[Finding]:

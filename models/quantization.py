@@ -22,8 +22,8 @@ class Format:
             byte in panels of `PANEL_OUTPUTS` outputs, `u8[N / 16, K / group, 8 group]`, and a
             float16 scale per output and group, `f16[N / 16, K / group, 16]`. What does not divide
             is rounded up. 16: bfloat16 in panels of `WIDE_PANEL_OUTPUTS` outputs, fewer in the last
-            one: of each panel two inputs after two, for each pair of inputs output after output. The
-            array is still called `[N, K]`, K being even.
+            one: two inputs after two, for each pair of inputs output after output. The array is
+            still called `[N, K]`, K being even.
         group: with 4 bits, 32 or 128: inputs that share a scale.
         zeros: with 4 bits: whether groups have zero points, held like the scales as `u8`; else the
             zero point is 8.

@@ -12,6 +12,10 @@ namespace {
 constexpr const char* kOwnerNames[kOwnerCount] = {"kv",      "cache",     "activation",
                                                   "weights", "workspace", "available"};
 
+// Large pages are made so many at a time or not at all: each time the system first waits for every
+// processor, milliseconds where they are busy, and the gain of fewer is less.
+constexpr size_t kFewestLargePages = 4;
+
 size_t at(Owner owner) { return static_cast<size_t>(owner); }
 
 size_t large_chunks(const Driver& driver, size_t chunk_bytes) {
@@ -117,6 +121,7 @@ Claim ChunkPool::take(Owner owner, size_t n, const std::vector<Destination>& whe
       first += std::min(d.chunks, n - first);
     }
   }
+  if (claim.large.size() < kFewestLargePages) claim.large.clear();
   // What is backed is used up before anything is made; what would fill a large page waits longest.
   const auto take_backed = [&](size_t begin, size_t end) {
     for (size_t i = begin; i < end && !backed_.empty(); ++i) {

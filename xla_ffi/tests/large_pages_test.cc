@@ -215,27 +215,39 @@ TEST(what_fills_large_pages_of_addresses_is_made_and_kept_together) {
   if (large == 0) return;
   const size_t c = large / kGroup;
   const auto driver = faulty_driver();
-  const auto pool = make_pool(driver, 20 * c, c);
-  // One chunk before a large page, two of these, and two chunks after them; then one more chunk.
+  const auto pool = make_pool(driver, 30 * c, c);
+  // One chunk before a large page, four of these, and two chunks after them; then one more chunk.
   std::vector<ChunkId> ids;
-  REQUIRE_OK(pool->acquire(Owner::kKv, 12, &ids, {{place(3, c), 11}, {place(0, c), 1}}));
+  REQUIRE_OK(pool->acquire(Owner::kKv, 20, &ids, {{place(3, c), 19}, {place(0, c), 1}}));
   const std::vector<Handle> first = handles_of(*pool, ids);
-  CHECK(together(first, 1, c));
-  CHECK(together(first, 5, c));
+  for (size_t i = 1; i < 17; i += kGroup) CHECK(together(first, i, c));
   // Free again, and taken again by others: who fills a large page gets one, who does not leaves
   // them whole.
   REQUIRE_OK(pool->release(ids));
   const uint64_t calls = driver->calls();
-  std::vector<ChunkId> one, page;
-  REQUIRE_OK(pool->acquire(Owner::kKv, 1, &one));
-  CHECK(!together(first, 1, c) ||
-        std::count(first.begin() + 1, first.begin() + 9, handles_of(*pool, one)[0]) == 0);
+  std::vector<ChunkId> some, page;
+  REQUIRE_OK(pool->acquire(Owner::kKv, 4, &some));
+  for (const Handle handle : handles_of(*pool, some)) {
+    CHECK_EQ(std::count(first.begin() + 1, first.begin() + 17, handle), 0);
+  }
   REQUIRE_OK(pool->acquire(Owner::kKv, kGroup, &page, {{place(2 * kGroup, c), kGroup}}));
   CHECK(together(handles_of(*pool, page), 0, c));
   CHECK_EQ(driver->calls(), calls);  // Nothing had to be made.
-  CHECK_EQ(pool->usage().physical, 12 * c);
-  REQUIRE_OK(pool->release(one));
+  CHECK_EQ(pool->usage().physical, 20 * c);
+  REQUIRE_OK(pool->release(some));
   REQUIRE_OK(pool->release(page));
+}
+
+TEST(few_large_pages_are_not_worth_making) {
+  const size_t large = large_bytes();
+  if (large == 0) return;
+  const size_t c = large / kGroup;
+  const auto driver = faulty_driver();
+  const auto pool = make_pool(driver, 30 * c, c);
+  std::vector<ChunkId> ids;
+  REQUIRE_OK(pool->acquire(Owner::kKv, 3 * kGroup, &ids, {{place(0, c), 3 * kGroup}}));
+  CHECK_EQ(driver->calls(), 3 * kGroup);  // A chunk at a time.
+  REQUIRE_OK(pool->release(ids));
 }
 
 TEST(small_memory_that_is_there_comes_before_large_that_is_not) {
@@ -243,14 +255,16 @@ TEST(small_memory_that_is_there_comes_before_large_that_is_not) {
   if (large == 0) return;
   const size_t c = large / kGroup;
   const auto driver = faulty_driver();
-  const auto pool = make_pool(driver, 8 * c, c);
+  const auto pool = make_pool(driver, 24 * c, c);
   std::vector<ChunkId> ids, more;
   REQUIRE_OK(pool->acquire(Owner::kKv, 3, &ids));
   REQUIRE_OK(pool->release(ids));
-  // Six chunks of memory in all, though three are there in small pages.
-  REQUIRE_OK(pool->acquire(Owner::kKv, 6, &more, {{place(0, c), 6}}));
-  CHECK_EQ(pool->usage().physical, 6 * c);
-  CHECK_EQ(driver->handle_count(), 6u);
+  // As many chunks of memory as are asked for in all, though three are there in small pages.
+  REQUIRE_OK(pool->acquire(Owner::kKv, 22, &more, {{place(0, c), 22}}));
+  CHECK_EQ(pool->usage().physical, 22 * c);
+  CHECK_EQ(driver->handle_count(), 22u);
+  const std::vector<Handle> handles = handles_of(*pool, more);
+  for (size_t i = 0; i < 4 * kGroup; i += kGroup) CHECK(together(handles, i, c));
   REQUIRE_OK(pool->release(more));
 }
 
@@ -259,19 +273,20 @@ TEST(without_memory_for_a_large_page_the_ledger_is_as_before) {
   if (large == 0) return;
   const size_t c = large / kGroup;
   const auto driver = faulty_driver();
-  const auto pool = make_pool(driver, 12 * c, c);
+  const auto pool = make_pool(driver, 24 * c, c);
   std::vector<ChunkId> ids, more;
   REQUIRE_OK(pool->acquire(Owner::kKv, 1, &ids));
-  for (const uint64_t call : {1, 2, 3}) {  // One chunk, two large pages, one chunk.
+  for (const uint64_t call : {1, 2, 3}) {  // One chunk, four large pages, one chunk.
     driver->fail(driver->calls() + call);
-    CHECK_EQ(pool->acquire(Owner::kKv, 10, &more, {{place(3, c), 10}}).code(), Code::kDriver);
+    CHECK_EQ(pool->acquire(Owner::kKv, 18, &more, {{place(3, c), 18}}).code(), Code::kDriver);
     CHECK(more.empty());
     CHECK_EQ(pool->usage().kv, c);
     CHECK_EQ(pool->usage().physical, pool->usage().kv + pool->usage().backed_free);
     CHECK_EQ(driver->handle_count() * c, pool->usage().physical);
     REQUIRE_OK(pool->trim(0).status());
   }
-  REQUIRE_OK(pool->acquire(Owner::kKv, 10, &more, {{place(3, c), 10}}));
+  REQUIRE_OK(pool->acquire(Owner::kKv, 18, &more, {{place(3, c), 18}}));
+  CHECK(together(handles_of(*pool, more), 1, c));
   REQUIRE_OK(pool->release(more));
   REQUIRE_OK(pool->release(ids));
   REQUIRE_OK(pool->trim(0).status());
@@ -281,33 +296,33 @@ TEST(without_memory_for_a_large_page_the_ledger_is_as_before) {
 TEST(a_slot_has_large_pages_where_its_chunks_fill_them) {
   const size_t large = large_bytes();
   if (large == 0) return;
-  KvLayout layout = page_layout(3, 8 * 11);
+  const int64_t tokens = 8 * 23;
+  KvLayout layout = page_layout(3, tokens);
   layout.chunk_bytes = static_cast<int64_t>(large / kGroup);
-  layout.slot_bytes = layout.chunks_for(8 * 11) * layout.chunk_bytes;
+  layout.slot_bytes = layout.chunks_for(tokens) * layout.chunk_bytes;
   const auto driver = host_driver();
-  const auto pool = make_pool(driver, 40 * (large / kGroup), large / kGroup);
+  const auto pool = make_pool(driver, 70 * (large / kGroup), large / kGroup);
   const auto cache = make_cache(pool, layout);
   // In one call, in parts, and ahead.
-  const int32_t whole = cache->take_slot(88).value();
-  const int32_t parts = cache->take_slot(88).value();
-  const int32_t ahead = cache->take_slot(88).value();
+  const int32_t whole = cache->take_slot(tokens).value();
+  const int32_t parts = cache->take_slot(tokens).value();
+  const int32_t ahead = cache->take_slot(tokens).value();
   REQUIRE_OK(extend(*cache, {parts}, {8}));
-  REQUIRE_OK(extend(*cache, {whole, parts}, {88, 88}));
-  const int64_t tokens = 88;
-  CHECK_EQ(cache->premap(1, &ahead, &tokens).value(), 11u);
+  REQUIRE_OK(extend(*cache, {whole, parts}, {tokens, tokens}));
+  CHECK_EQ(cache->premap(1, &ahead, &tokens).value(), 23u);
   REQUIRE_OK(cache->settle());
   size_t mapped = 0;
   for (const int32_t slot : {whole, parts, ahead}) {
     const std::vector<Handle> handles = handles_of(*pool, cache->slot_chunks(slot));
-    REQUIRE(CHECK_EQ(handles.size(), 11u));
+    REQUIRE(CHECK_EQ(handles.size(), 23u));
     const size_t past = reinterpret_cast<uintptr_t>(cache->slot_base(slot)) / pool->chunk_bytes();
-    for (size_t i = (kGroup - past % kGroup) % kGroup; i + kGroup <= 11; i += kGroup) {
+    for (size_t i = (kGroup - past % kGroup) % kGroup; i + kGroup <= 23; i += kGroup) {
       if (slot == parts && i == 0) continue;  // Its first chunk came alone.
       CHECK(together(handles, i, pool->chunk_bytes()));
       mapped += large;
     }
   }
-  CHECK(mapped >= 5 * large);
+  CHECK(mapped >= 12 * large);
   if (kernel_makes_large_pages(large)) {
     CHECK_EQ(mapped_large(cache->slot_base(0), cache->slot_base(0) + layout.reserved_bytes()),
              mapped);
