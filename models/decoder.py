@@ -64,10 +64,10 @@ def _product(
     if form is None:
         return ops.linear(x, weight, index, out_dtype)
     if form.bits == 16:
-        return ops.linear_panels(x, weight, index, out_dtype)
+        return ops.linear(x, weight, index, out_dtype, panels=form.panels)
     scale = stacked(scale_of(name))
     if form.bits == 8:
-        return ops.linear_int8(x, weight, scale, index, out_dtype)
+        return ops.linear_int8(x, weight, scale, index, out_dtype, panels=form.panels)
     zero = stacked(zero_of(name)) if form.zeros else None
     return ops.linear_int4(x, weight, scale, zero, index, outputs, out_dtype)
 

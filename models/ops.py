@@ -35,6 +35,8 @@ class ModelOps(Protocol):
         weight: jax.Array,
         layer: jax.Array,
         out_dtype: DTypeLike | None = None,
+        *,
+        panels: bool = False,
     ) -> jax.Array:
         """`x @ weight[layer].T`, accumulated in float32.
 
@@ -43,26 +45,7 @@ class ModelOps(Protocol):
             weight: `[L, N, K]`, all layers.
             layer: `i32[]`.
             out_dtype: of the result; None takes that of x.
-
-        Returns:
-            `[T, N]`.
-        """
-        ...
-
-    def linear_panels(
-        self,
-        x: jax.Array,
-        weight: jax.Array,
-        layer: jax.Array,
-        out_dtype: DTypeLike | None = None,
-    ) -> jax.Array:
-        """`linear` with each layer of the weight in panels: `Format` with 16 bits says how.
-
-        Args:
-            x: `[T, K]`, K even.
-            weight: `bf16[L, N, K]`, all layers.
-            layer: `i32[]`.
-            out_dtype: of the result; None takes that of x.
+            panels: the weight is bfloat16 and each layer of it in panels, as `Format` says.
 
         Returns:
             `[T, N]`.
@@ -76,6 +59,8 @@ class ModelOps(Protocol):
         scale: jax.Array,
         layer: jax.Array,
         out_dtype: DTypeLike | None = None,
+        *,
+        panels: bool = False,
     ) -> jax.Array:
         """`x @ (weight[layer] * scale[layer]).T`, each row of x quantised to int8 too.
 
@@ -88,6 +73,7 @@ class ModelOps(Protocol):
             scale: `f32[L, N]`.
             layer: `i32[]`.
             out_dtype: of the result; None takes that of x.
+            panels: each layer of the weight is in panels, as `Format` says.
 
         Returns:
             `[T, N]`.

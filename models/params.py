@@ -33,8 +33,7 @@ def zero_of(matrix: str) -> str:
 
 
 def held_params(config: ModelConfig, quantization: str | Quantization | None) -> dict[str, Held]:
-    """What a decoder holds, by dotted name: with None the parameters of `param_shapes`, and so with
-    matrices in panels.
+    """What a decoder holds, by dotted name: with None the parameters of `param_shapes`.
 
     A quantised matrix is followed by its scales, `scale_of(name)`, and its zero points,
     `zero_of(name)`, where it has such; `Format` says their shapes. Embeddings and vectors stay as

@@ -10,7 +10,7 @@ from types import MappingProxyType
 PANEL_OUTPUTS = 16
 """Outputs whose 4-bit weights lie together."""
 WIDE_PANEL_OUTPUTS = 64
-"""The same of bfloat16."""
+"""The same of bfloat16 and int8."""
 
 
 @dataclass(frozen=True)
@@ -18,20 +18,22 @@ class Format:
     """How a matrix `[N, K]` is held.
 
     Attributes:
-        bits: 8: `i8[N, K]`, and a float32 scale per output. 4: steps from 0 to 15, packed two to a
-            byte in panels of `PANEL_OUTPUTS` outputs, `u8[N / 16, K / group, 8 group]`, and a
-            float16 scale per output and group, `f16[N / 16, K / group, 16]`. What does not divide
-            is rounded up. 16: bfloat16 in panels of `WIDE_PANEL_OUTPUTS` outputs, fewer in the last
-            one: two inputs after two, for each pair of inputs output after output. The array is
-            still called `[N, K]`, K being even.
+        bits: 16: bfloat16, `[N, K]`. 8: `i8[N, K]`, and a float32 scale per output. 4: steps from 0
+            to 15, packed two to a byte in panels of `PANEL_OUTPUTS` outputs,
+            `u8[N / 16, K / group, 8 group]`, and a float16 scale per output and group,
+            `f16[N / 16, K / group, 16]`. What does not divide is rounded up.
         group: with 4 bits, 32 or 128: inputs that share a scale.
         zeros: with 4 bits: whether groups have zero points, held like the scales as `u8`; else the
             zero point is 8.
+        panels: with 16 or 8 bits: whether values lie in panels of `WIDE_PANEL_OUTPUTS` outputs,
+            fewer in the last one: four bytes of inputs after four, and of these output after
+            output. The array is called `[N, K]` all the same; K is a multiple of 2 or 4.
     """
 
     bits: int
     group: int = 0
     zeros: bool = False
+    panels: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,6 @@ class Quantization:
 
 _MATRICES = ("blocks.qkv", "blocks.o", "blocks.gate_up", "blocks.down")
 _INT8 = Format(8)
-PANELS = Format(16)
-"""As kernels of the CPU multiply fastest, and in no fewer bytes."""
 # The head stays in 8 bits: it is where the model's opinions are read, and a small part of it.
 NAMED: Mapping[str, Quantization] = MappingProxyType(
     {

@@ -14,6 +14,22 @@ from ellm_jax.models.quantization import WIDE_PANEL_OUTPUTS
 from ellm_jax.models.rope import apply_rotation
 
 
+def _by_row(panels: jax.Array) -> jax.Array:
+    """A matrix in panels, `[N, K]`, row by row."""
+    outputs, inputs = panels.shape
+    together = 4 // panels.dtype.itemsize
+    last = outputs // WIDE_PANEL_OUTPUTS * WIDE_PANEL_OUTPUTS
+
+    def rows(part: jax.Array, width: int) -> jax.Array:
+        words = part.reshape(-1, inputs // together, width, together)
+        return words.swapaxes(1, 2).reshape(-1, inputs)
+
+    parts = [rows(panels[:last], WIDE_PANEL_OUTPUTS)]
+    if last < outputs:
+        parts.append(rows(panels[last:], outputs - last))
+    return jnp.concatenate(parts)
+
+
 class XlaOps:
     """`ModelOps` without a cache: the tokens are one sequence from its start. Differentiable."""
 
@@ -23,36 +39,17 @@ class XlaOps:
         weight: jax.Array,
         layer: jax.Array,
         out_dtype: DTypeLike | None = None,
+        *,
+        panels: bool = False,
     ) -> jax.Array:
         """`x @ weight[layer].T` in float32, returned in `out_dtype` or the dtype of x."""
         return jnp.einsum(
             "tk,nk->tn",
             x,
-            weight[layer],
+            _by_row(weight[layer]) if panels else weight[layer],
             precision=lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
         ).astype(x.dtype if out_dtype is None else out_dtype)
-
-    def linear_panels(
-        self,
-        x: jax.Array,
-        weight: jax.Array,
-        layer: jax.Array,
-        out_dtype: DTypeLike | None = None,
-    ) -> jax.Array:
-        """See `ModelOps.linear_panels`."""
-        matrix = weight[layer]
-        outputs, inputs = matrix.shape
-        last = outputs // WIDE_PANEL_OUTPUTS * WIDE_PANEL_OUTPUTS
-
-        def by_row(panels: jax.Array, width: int) -> jax.Array:
-            pairs = panels.reshape(-1, inputs // 2, width, 2)
-            return pairs.swapaxes(1, 2).reshape(-1, inputs)
-
-        parts = [by_row(matrix[:last], WIDE_PANEL_OUTPUTS)]
-        if last < outputs:
-            parts.append(by_row(matrix[last:], outputs - last))
-        return self.linear(x, jnp.concatenate(parts)[None], jnp.int32(0), out_dtype)
 
     def linear_int8(
         self,
@@ -61,6 +58,8 @@ class XlaOps:
         scale: jax.Array,
         layer: jax.Array,
         out_dtype: DTypeLike | None = None,
+        *,
+        panels: bool = False,
     ) -> jax.Array:
         """See `ModelOps.linear_int8`. Rows below 1e-30 all over count as zero."""
         wide = x.astype(jnp.float32)
@@ -68,7 +67,8 @@ class XlaOps:
         x_scale = jnp.where(largest < 1e-30, 0, largest / 127)
         steps = jnp.rint(wide / jnp.where(x_scale == 0, 1, x_scale))
         values = jnp.where(x_scale == 0, 0, steps).astype(jnp.int8)
-        sums = jnp.einsum("tk,nk->tn", values, weight[layer], preferred_element_type=jnp.int32)
+        matrix = _by_row(weight[layer]) if panels else weight[layer]
+        sums = jnp.einsum("tk,nk->tn", values, matrix, preferred_element_type=jnp.int32)
         y = sums.astype(jnp.float32) * x_scale * scale[layer]
         return y.astype(x.dtype if out_dtype is None else out_dtype)
 

@@ -342,13 +342,12 @@ def load_cuda_attention(
     no sense, or that the kernels do not take.
     """
 
-def pack_panels(rows: npt.NDArray[np.uint16], first: int, panels: npt.NDArray[np.uint16]) -> None:
-    """Puts rows `[R, K]` of a matrix of bfloat16, `first` being the first of them, into its panels,
-    `[N, K]`; `ModelOps.linear_panels` multiplies by them. K is even.
+def pack_panels(matrix: npt.NDArray[np.uint32]) -> None:
+    """Puts a matrix, `[N, words]` with two bfloat16 or four int8 to a word, into panels, in its
+    place; `Format` says how they lie."""
 
-    Raises:
-        ValueError: the shapes do not fit.
-    """
+def int8_panels() -> bool:
+    """Whether int8 weights are multiplied in panels on this processor."""
 
 def quantize_int8(
     x: npt.NDArray[np.float32] | npt.NDArray[np.uint16],

@@ -3,6 +3,7 @@
 #include <nanobind/ndarray.h>
 
 #include "bindings.h"
+#include "kernels/cpu/int8_kernels.h"
 #include "kernels/cpu/panels.h"
 
 namespace nb = nanobind;
@@ -12,24 +13,22 @@ namespace ellm {
 
 namespace {
 
-using Rows = nb::ndarray<const uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Panels = nb::ndarray<uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-
-void pack(const Rows& rows, int64_t first, const Panels& panels) {
-  const auto count = static_cast<int64_t>(rows.shape(0)), k = static_cast<int64_t>(rows.shape(1));
-  const auto n = static_cast<int64_t>(panels.shape(0));
-  if (static_cast<int64_t>(panels.shape(1)) != k || k % 2 != 0 || first < 0 || first > n - count) {
-    throw nb::value_error(
-        "rows [R, K], K even, and panels [N, K] do not fit, first + R being N at most");
-  }
-  unlocked([&] { pack_panels(rows.data(), first, count, n, k, panels.data()); });
-}
+using Words = nb::ndarray<uint32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 }  // namespace
 
 void bind_panels(nb::module_& m) {
-  m.def("pack_panels", &pack, "rows"_a.noconvert(), "first"_a, "panels"_a.noconvert(),
-        "Puts rows of a matrix of bfloat16, as uint16, into its panels.");
+  m.def(
+      "pack_panels",
+      [](const Words& matrix) {
+        const auto n = static_cast<int64_t>(matrix.shape(0));
+        const auto words = static_cast<int64_t>(matrix.shape(1));
+        unlocked([&] { pack_panels(matrix.data(), n, words); });
+      },
+      "matrix"_a.noconvert(), "Puts a matrix into panels, in its place.");
+  m.def(
+      "int8_panels", [] { return int8_kernels().linear_panels != nullptr; },
+      "Whether int8 weights are multiplied in panels here.");
 }
 
 }  // namespace ellm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Iterator
@@ -23,11 +24,12 @@ from ellm_jax.checkpoint.directory import (
 from ellm_jax.checkpoint.errors import CheckpointError
 from ellm_jax.checkpoint.hf_weights import read_hf_params
 from ellm_jax.checkpoint.orbax_weights import read_orbax_params
+from ellm_jax.checkpoint.panel_weights import put_into_panels
 from ellm_jax.checkpoint.progress import Advance, ProgressCallback, report
 from ellm_jax.checkpoint.quantized_weights import quantized_names, quantized_params
 from ellm_jax.checkpoint.random_weights import random_params
 from ellm_jax.checkpoint.stored_weights import stored_params, stored_quantization
-from ellm_jax.models import ModelConfig, Quantization, held_params, quantization_of
+from ellm_jax.models import Format, ModelConfig, Quantization, held_params, quantization_of
 from ellm_jax.models.collectives import each_device, mesh_of, param_sharding
 from ellm_jax.models.decoder import Decoder
 from ellm_jax.models.params import Shape
@@ -92,6 +94,7 @@ def load_model(
             for name, array in _read_params(
                 folder, config, computed, advance, shards, quantization
             ):
+                put_into_panels(name, array, quantization)
                 # Where the device has its own memory, wait: at most one part lies on the host.
                 place = places[len(parts[name])]
                 parts[name].append(jax.device_put(array, place).block_until_ready())
@@ -162,6 +165,11 @@ def resolve_dtype(config: ModelConfig, dtype: str | None) -> str:
     return dtype
 
 
+def _values(form: Format | None) -> Format | None:
+    """A format, however the values lie."""
+    return form and dataclasses.replace(form, panels=False)
+
+
 def _read_params(
     folder: Path,
     config: ModelConfig,
@@ -179,7 +187,9 @@ def _read_params(
         as_stored: set[str] = set()
         if layout is not None and names:
             stored = quantization_of(stored_quantization(folder, config))
-            as_stored = {n for n in names if chosen.format_of(n) == stored.format_of(n)}
+            as_stored = {
+                n for n in names if _values(chosen.format_of(n)) == _values(stored.format_of(n))
+            }
             yield from stored_params(
                 files, config, layout, chosen, as_stored, dtype.itemsize, advance, shards
             )

@@ -1,29 +1,23 @@
-"""Matrices that are quantised, or put into panels, while they are loaded."""
+"""Matrices that are quantised while they are loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from numpy.typing import NDArray
 
 from ellm_jax.checkpoint.int4_weights import Int4Part
 from ellm_jax.checkpoint.int8_weights import Int8Part
-from ellm_jax.checkpoint.panel_weights import PanelsPart
 from ellm_jax.models import ModelConfig, Quantization, held_params
 from ellm_jax.models.shards import Shards
 
-_PARTS: Mapping[int, type[Int4Part | Int8Part | PanelsPart]] = {
-    4: Int4Part,
-    8: Int8Part,
-    16: PanelsPart,
-}
-
 
 def quantized_names(config: ModelConfig, quantization: Quantization) -> set[str]:
-    """The matrices that are not held row by row in the dtype of the computation."""
+    """The matrices that are held in less than the dtype of the computation."""
     held = held_params(config, quantization)
-    return {name for name in held if quantization.format_of(name) is not None}
+    forms = {name: quantization.format_of(name) for name in held}
+    return {name for name, form in forms.items() if form is not None and form.bits < 16}
 
 
 def quantized_params(
@@ -34,13 +28,13 @@ def quantized_params(
     names: Collection[str],
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     """Yields what `held_params` names, from parameters as the readers yield them: of each the parts
-    of all devices, in their order. Only the matrices in `names` are held otherwise than they come.
+    of all devices, in their order. Only the matrices in `names` are quantised.
 
     Matrices may come in any number of layers, or rows, at a time; beside what it yields, one such
     block is held.
     """
     held = held_params(config, quantization)
-    open_parts: dict[str, Int4Part | Int8Part | PanelsPart] = {}
+    open_parts: dict[str, Int4Part | Int8Part] = {}
     for name, array in params:
         if name not in names:
             yield name, array
@@ -48,9 +42,8 @@ def quantized_params(
             name = "lm_head"
         if name in names:
             if name not in open_parts:
-                form = quantization.format_of(name)
-                assert form is not None
-                open_parts[name] = _PARTS[form.bits](name, held, shards)
+                kind = Int8Part if held[name].dtype == "int8" else Int4Part
+                open_parts[name] = kind(name, held, shards)
             if open_parts[name].add(array):
                 yield from open_parts.pop(name).params()
         del array  # not to hold two at once

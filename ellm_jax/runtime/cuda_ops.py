@@ -189,8 +189,12 @@ class CudaOps(XlaOps):
         weight: jax.Array,
         layer: jax.Array,
         out_dtype: DTypeLike | None = None,
+        *,
+        panels: bool = False,
     ) -> jax.Array:
         """See `ModelOps.linear`. Never in TF32: float32 is there to be exact."""
+        if panels:  # Nobody loads them for a GPU.
+            return super().linear(x, weight, layer, out_dtype, panels=True)
         return lax.dot_general(
             x,
             # Indexed so that XLA sees a plain slice, at the loop's counter or of the last layer;

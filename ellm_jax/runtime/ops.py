@@ -96,7 +96,7 @@ def linear(
         layer: `i32[]`.
         rows: `i32[1]`, rows in use.
         out_dtype: float32 or bfloat16.
-        panels: each layer of the weight is in panels, as `ModelOps.linear_panels` says.
+        panels: the weight is bfloat16 and each layer of it in panels, as `Format` says.
 
     Returns:
         `[T, N]`, zero past `rows`.
@@ -115,6 +115,8 @@ def linear_int8(
     layer: jax.Array,
     rows: jax.Array,
     out_dtype: DTypeLike,
+    *,
+    panels: bool = False,
 ) -> jax.Array:
     """`x[:rows] @ (weight[layer] * scale[layer]).T`, the rows quantised to int8 as
     `ModelOps.linear_int8` says; the same bits on every instruction set.
@@ -126,6 +128,8 @@ def linear_int8(
         layer: `i32[]`.
         rows: `i32[1]`, rows in use.
         out_dtype: float32 or bfloat16.
+        panels: each layer of the weight is in panels, as `Format` says; only where
+            `_native.int8_panels()`.
 
     Returns:
         `[T, N]`, zero past `rows`; NaN in rows of x that are not finite.
@@ -133,7 +137,7 @@ def linear_int8(
     call = jax.ffi.ffi_call(
         "ellm_linear_int8", jax.ShapeDtypeStruct((x.shape[0], weight.shape[1]), out_dtype)
     )
-    out: jax.Array = call(x, weight, scale, layer.reshape(1), rows)
+    out: jax.Array = call(x, weight, scale, layer.reshape(1), rows, panels=panels)
     return out
 
 
@@ -270,20 +274,12 @@ class NativeOps:
         weight: jax.Array,
         layer: jax.Array,
         out_dtype: DTypeLike | None = None,
+        *,
+        panels: bool = False,
     ) -> jax.Array:
         """See `ModelOps.linear`; rows past those in use are zero."""
-        return linear(x, weight, layer, self._rows, x.dtype if out_dtype is None else out_dtype)
-
-    def linear_panels(
-        self,
-        x: jax.Array,
-        weight: jax.Array,
-        layer: jax.Array,
-        out_dtype: DTypeLike | None = None,
-    ) -> jax.Array:
-        """See `ModelOps.linear_panels`; rows past those in use are zero."""
         dtype = x.dtype if out_dtype is None else out_dtype
-        return linear(x, weight, layer, self._rows, dtype, panels=True)
+        return linear(x, weight, layer, self._rows, dtype, panels=panels)
 
     def linear_int8(
         self,
@@ -292,10 +288,12 @@ class NativeOps:
         scale: jax.Array,
         layer: jax.Array,
         out_dtype: DTypeLike | None = None,
+        *,
+        panels: bool = False,
     ) -> jax.Array:
         """See `ModelOps.linear_int8`; rows past those in use are zero."""
         dtype = x.dtype if out_dtype is None else out_dtype
-        return linear_int8(x, weight, scale, layer, self._rows, dtype)
+        return linear_int8(x, weight, scale, layer, self._rows, dtype, panels=panels)
 
     def linear_int4(
         self,

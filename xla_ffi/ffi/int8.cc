@@ -7,6 +7,7 @@
 #include "ffi/element_type.h"
 #include "ffi/handlers.h"
 #include "ffi/thread_pool.h"
+#include "kernels/cpu/panels.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ellm {
@@ -20,10 +21,10 @@ xf::Error refuse(const std::string& message) {
 }
 
 // x [T, K], weight s8[L, N, K], scale f32[L, N], layer s32[1], rows s32[1] -> out [T, N]; rows past
-// `rows` are zero.
+// `rows` are zero. With `panels` each layer of the weight is in panels.
 xf::Error linear_int8_impl(xf::ThreadPool pool, xf::AnyBuffer x, xf::Buffer<xf::S8> weight,
                            xf::Buffer<xf::F32> scale, xf::Buffer<xf::S32> layer,
-                           xf::Buffer<xf::S32> rows, xf::Result<xf::AnyBuffer> out) {
+                           xf::Buffer<xf::S32> rows, xf::Result<xf::AnyBuffer> out, bool panels) {
   const auto xd = x.dimensions();
   const auto wd = weight.dimensions();
   const auto sd = scale.dimensions();
@@ -49,8 +50,13 @@ xf::Error linear_int8_impl(xf::ThreadPool pool, xf::AnyBuffer x, xf::Buffer<xf::
     return refuse("rows of " + std::to_string(k) + " elements, of which at most " +
                   std::to_string(kInt8MaxK) + " can be summed in int32");
   }
+  if (panels && (int8_kernels().linear_panels == nullptr || k % kWordBytes != 0)) {
+    return refuse("weights in panels take AVX-512 VNNI and a multiple of 4 inputs, not " +
+                  std::to_string(k));
+  }
   XlaParallel parallel(pool);
-  int8_linear(
+  const auto multiply = panels ? int8_linear_panels : int8_linear;
+  multiply(
       int8_kernels(), x.untyped_data(), x_type, weight.typed_data() + l * n * k,
       scale.typed_data() + l * n, out->untyped_data(), out_type, used, n, k,
       [&](int64_t units, const std::function<void(int64_t)>& body) { parallel(units, body); },
@@ -71,6 +77,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_int8_handler, linear_int8_impl,
                                   .Arg<xf::Buffer<xf::F32>>()
                                   .Arg<xf::Buffer<xf::S32>>()
                                   .Arg<xf::Buffer<xf::S32>>()
-                                  .Ret<xf::AnyBuffer>());
+                                  .Ret<xf::AnyBuffer>()
+                                  .Attr<bool>("panels"));
 
 }  // namespace ellm

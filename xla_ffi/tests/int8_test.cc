@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "kernel_fixtures.h"
+#include "kernels/cpu/panels.h"
 
 namespace ellm {
 namespace {
@@ -93,6 +94,17 @@ struct Problem {
     return out;
   }
   Elements run(const Int8Kernels& kernels) const { return run(kernels, 0, rows); }
+
+  // All of it with the weights in panels.
+  Elements run_in_panels(const Int8Kernels& kernels,
+                         const ParallelFor& parallel = run_serially) const {
+    std::vector<int8_t> panels = w.values;
+    pack_panels(panels.data(), n, k / kWordBytes);
+    Elements out(out_type, rows * n);
+    int8_linear_panels(kernels, x.at(0), x_type, panels.data(), w.scales.data(), out.at(0),
+                       out_type, rows, n, k, parallel, kRanges);
+    return out;
+  }
 };
 
 // Equal to the bit to int64 sums that are scaled, and as close to the product of the numbers that
@@ -179,6 +191,32 @@ TEST(int8_linear_equals_integer_arithmetic) {
   }
 }
 
+TEST(int8_in_panels_is_the_same_to_the_bit) {
+  std::mt19937_64 random(check::seed);
+  for (const Int8Kernels* kernels : machine_int8_kernels()) {
+    if (kernels->linear_panels == nullptr) continue;
+    int64_t rows = 0;
+    for (int64_t n : {1, 16, 64, 67, 200}) {
+      for (int64_t k : {4, 20, 64, 260, 4100, 8200}) {
+        rows = rows % 20 + 1;
+        for (ElementType x : kTypes) {
+          for (ElementType out : kTypes) {
+            const Problem p(rows, n, k, x, out, &random);
+            const Elements want = p.run(*kernels);
+            if (!CHECK(p.run_in_panels(*kernels).same(0, want, 0, want.size()))) return;
+            if (!CHECK(p.run_in_panels(*kernels, threaded(4)).same(0, want, 0, want.size())))
+              return;
+          }
+        }
+      }
+    }
+    // More rows than wait together.
+    const Problem p(400, 70, 4104, ElementType::kBFloat16, ElementType::kBFloat16, &random);
+    const Elements want = p.run(*kernels);
+    CHECK(p.run_in_panels(*kernels).same(0, want, 0, want.size()));
+  }
+}
+
 TEST(int8_sums_neither_saturate_nor_overflow) {
   for (const Int8Kernels* kernels : machine_int8_kernels()) {
     for (int64_t k : {int64_t{64}, kInt8MaxK}) {
@@ -191,6 +229,11 @@ TEST(int8_sums_neither_saturate_nor_overflow) {
           std::vector<float> out(rows * 5);
           int8_linear(*kernels, x.at(0), ElementType::kFloat32, w.data(), scales.data(), out.data(),
                       ElementType::kFloat32, rows, 5, k, run_serially, kRanges);
+          for (float value : out) CHECK_EQ(value, sign * static_cast<float>(127 * 127 * k));
+          if (kernels->linear_panels == nullptr) continue;
+          std::fill(out.begin(), out.end(), 0.0f);  // Panels of the same values are those values.
+          int8_linear_panels(*kernels, x.at(0), ElementType::kFloat32, w.data(), scales.data(),
+                             out.data(), ElementType::kFloat32, rows, 5, k, run_serially, kRanges);
           for (float value : out) CHECK_EQ(value, sign * static_cast<float>(127 * 127 * k));
         }
       }

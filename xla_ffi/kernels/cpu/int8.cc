@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "kernels/cpu/columns.h"
+#include "kernels/cpu/panels.h"
 #include "kernels/cpu/ranges.h"
 #include "kernels/cpu/scratch.h"
 
@@ -26,16 +27,17 @@ Int8Rows scratch_rows(int64_t rows, int64_t k) {
   x.sums = reinterpret_cast<int32_t*>(x.scales + rows);
   return x;
 }
-}  // namespace
 
-void int8_linear(const Int8Kernels& kernels, const void* x, ElementType x_type, const int8_t* w,
-                 const float* w_scale, void* out, ElementType out_type, int64_t rows, int64_t n,
-                 int64_t k, const ParallelFor& parallel, int64_t threads) {
+// `columns` are what a thread takes at a time.
+void quantize_and_multiply(const Int8Kernels& kernels, decltype(Int8Kernels::linear) multiply,
+                           int64_t columns, const void* x, ElementType x_type, Int8Args args,
+                           const ParallelFor& parallel, int64_t threads) {
+  const int64_t rows = args.rows, n = args.n, k = args.k;
   if (rows == 0 || n == 0) return;
-  const Int8Rows all = scratch_rows(rows, k);
+  args.x = scratch_rows(rows, k);
   const auto quantize = [&](int64_t row) {
-    const Int8Rows to = {all.values + row * all.stride, all.stride, all.scales + row,
-                         all.sums + row};
+    const Int8Rows to = {args.x.values + row * args.x.stride, args.x.stride, args.x.scales + row,
+                         args.x.sums + row};
     kernels.quantize(static_cast<const char*>(x) + row * k * element_bytes(x_type), x_type, 1, k,
                      to);
   };
@@ -44,14 +46,28 @@ void int8_linear(const Int8Kernels& kernels, const void* x, ElementType x_type, 
   } else {
     parallel(rows, quantize);
   }
-  const Int8Args args = {all, w, w_scale, out, out_type, rows, n, k};
   if (rows * n * k <= kSerialWork) {
-    kernels.linear(args, {0, n, n, false});
+    multiply(args, {0, n, n, false});
     return;
   }
-  parallel_ranges(parallel, threads, (n + kColumns - 1) / kColumns, [&](const RangeUnit& unit) {
-    kernels.linear(args, unit_columns(unit, kColumns, n));
-  });
+  parallel_ranges(parallel, threads, (n + columns - 1) / columns,
+                  [&](const RangeUnit& unit) { multiply(args, unit_columns(unit, columns, n)); });
+}
+}  // namespace
+
+void int8_linear(const Int8Kernels& kernels, const void* x, ElementType x_type, const int8_t* w,
+                 const float* w_scale, void* out, ElementType out_type, int64_t rows, int64_t n,
+                 int64_t k, const ParallelFor& parallel, int64_t threads) {
+  quantize_and_multiply(kernels, kernels.linear, kColumns, x, x_type,
+                        {{}, w, w_scale, out, out_type, rows, n, k}, parallel, threads);
+}
+
+void int8_linear_panels(const Int8Kernels& kernels, const void* x, ElementType x_type,
+                        const int8_t* w, const float* w_scale, void* out, ElementType out_type,
+                        int64_t rows, int64_t n, int64_t k, const ParallelFor& parallel,
+                        int64_t threads) {
+  quantize_and_multiply(kernels, kernels.linear_panels, kPanelOutputs, x, x_type,
+                        {{}, w, w_scale, out, out_type, rows, n, k}, parallel, threads);
 }
 
 }  // namespace ellm

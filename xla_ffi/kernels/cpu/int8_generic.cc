@@ -4,7 +4,7 @@
 namespace ellm::ELLM_ISA {
 
 const Int8Kernels& int8_table() {
-  static const Int8Kernels table = {"generic", int8_quantize, int8_linear};
+  static const Int8Kernels table = {"generic", int8_quantize, int8_linear, nullptr};
   return table;
 }
 

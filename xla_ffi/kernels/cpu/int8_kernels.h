@@ -44,6 +44,9 @@ struct Int8Kernels {
   // or an infinity gets the scale NaN and values of zero.
   void (*quantize)(const void* x, ElementType type, int64_t rows, int64_t k, const Int8Rows& to);
   void (*linear)(const Int8Args& args, const Columns& columns);
+  // The same with w in panels (panels.h) and columns that begin at panels, k being a multiple of 4;
+  // null where that is no faster.
+  void (*linear_panels)(const Int8Args& args, const Columns& columns);
 };
 
 // The best table this CPU can run.

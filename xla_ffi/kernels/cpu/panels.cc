@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "kernels/cpu/columns.h"
 #include "kernels/cpu/ranges.h"
@@ -13,33 +14,33 @@ namespace {
 // Multiplications, and elements to widen, below which handing out costs more than it saves.
 constexpr int64_t kSerialWork = 32 * 1024;
 constexpr int64_t kSerialWiden = 64 * 1024;
-// Rows and pairs of inputs that are turned round together while a matrix is packed.
+// Rows and words that are turned round together while a matrix is packed.
 constexpr int64_t kTile = 16;
 }  // namespace
 
-void pack_panels(const uint16_t* rows, int64_t first, int64_t count, int64_t n, int64_t k,
-                 uint16_t* panels) {
-  for (int64_t begin = first; begin < first + count;) {
-    const int64_t panel = begin / kPanelOutputs * kPanelOutputs;
-    const int64_t width = std::min(kPanelOutputs, n - panel);
-    const int64_t end = std::min({begin + kTile, first + count, panel + width});
-    uint16_t* to = panels + panel * k;
-    for (int64_t pairs = 0; pairs < k / 2; pairs += kTile) {
-      const int64_t pairs_end = std::min(pairs + kTile, k / 2);
-      uint32_t tile[kTile][kTile];
-      for (int64_t row = begin; row < end; ++row) {
-        std::memcpy(tile[row - begin], rows + (row - first) * k + 2 * pairs,
-                    static_cast<size_t>(pairs_end - pairs) * sizeof(uint32_t));
-      }
-      for (int64_t p = pairs; p < pairs_end; ++p) {
-        uint32_t line[kTile];
-        for (int64_t row = begin; row < end; ++row)
-          line[row - begin] = tile[row - begin][p - pairs];
-        std::memcpy(to + 2 * (p * width + begin - panel), line,
-                    static_cast<size_t>(end - begin) * sizeof(uint32_t));
+void pack_panels(void* matrix, int64_t n, int64_t words) {
+  auto* const all = static_cast<char*>(matrix);
+  const auto bytes_of = [](int64_t count) { return static_cast<size_t>(count * kWordBytes); };
+  std::vector<char> rows(bytes_of(std::min(kPanelOutputs, n) * words));
+  for (int64_t first = 0; first < n; first += kPanelOutputs) {
+    const int64_t width = std::min(kPanelOutputs, n - first);
+    char* const panel = all + bytes_of(first * words);
+    std::memcpy(rows.data(), panel, bytes_of(width * words));
+    for (int64_t row = 0; row < width; row += kTile) {
+      const int64_t height = std::min(kTile, width - row);
+      for (int64_t word = 0; word < words; word += kTile) {
+        const int64_t length = std::min(kTile, words - word);
+        uint32_t tile[kTile][kTile];
+        for (int64_t i = 0; i < height; ++i) {
+          std::memcpy(tile[i], rows.data() + bytes_of((row + i) * words + word), bytes_of(length));
+        }
+        for (int64_t j = 0; j < length; ++j) {
+          uint32_t line[kTile];
+          for (int64_t i = 0; i < height; ++i) line[i] = tile[i][j];
+          std::memcpy(panel + bytes_of((word + j) * width + row), line, bytes_of(height));
+        }
       }
     }
-    begin = end;
   }
 }
 

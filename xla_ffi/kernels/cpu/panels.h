@@ -1,4 +1,4 @@
-// Linear layers over bfloat16 weights in panels.
+// Linear layers over weights in panels.
 #pragma once
 
 #include <cstdint>
@@ -8,19 +8,19 @@
 
 namespace ellm {
 
-// A matrix [n, k] in panels: kPanelOutputs outputs, fewer in the last panel, lie together; of each
-// panel two inputs after two, for each pair of inputs output after output. So the weights that
-// several rows of x share are one stretch of memory, and a vector of sums holds as many outputs.
-// As many bytes as row by row; a panel begins at the multiple of kPanelOutputs * k that its first
-// row would begin at. k is even.
+// A row of weights consists of words of four bytes: two bfloat16, or four int8. A matrix of n rows
+// in panels: kPanelOutputs rows, fewer in the last panel, lie together; of each panel word after
+// word, for each word row after row. So the weights that several rows of x share are one stretch of
+// memory, and a vector of sums holds as many outputs. It takes as many bytes as row by row, and a
+// panel begins where its first row would.
 constexpr int64_t kPanelOutputs = 64;
+constexpr int64_t kWordBytes = 4;
 
-// Puts `count` rows of a matrix [n, k] that follow each other, from `first` on, into its panels.
-void pack_panels(const uint16_t* rows, int64_t first, int64_t count, int64_t n, int64_t k,
-                 uint16_t* panels);
+// Puts a matrix of n rows of `words` words each into panels, in its place.
+void pack_panels(void* matrix, int64_t n, int64_t words);
 
 // out[m, n] = sum_k x[m, k] * w[n, k] for m < rows, accumulated in float32 along k. As linear(),
-// but w is in panels, and x of float32 where it is not bfloat16.
+// but w is bfloat16 in panels, and k even.
 void linear_panels(const Kernels& kernels, const void* x, ElementType x_type, const uint16_t* w,
                    void* out, ElementType out_type, int64_t rows, int64_t n, int64_t k,
                    const ParallelFor& parallel, int64_t threads);
