@@ -167,6 +167,19 @@ TEST(panels_on_threads_equal_serial) {
   }
 }
 
+// Rows that no vector fills are widened beside each other.
+TEST(panels_of_uneven_rows_on_threads_equal_serial) {
+  std::mt19937_64 random(check::seed);
+  for (const Kernels* kernels : machine_kernels()) {
+    const Problem p(300, 67, 262, ElementType::kBFloat16, ElementType::kBFloat16, &random);
+    const Elements serial = p.run(*kernels);
+    for (int repeat = 0; repeat < 3; ++repeat) {
+      const Elements out = p.run(*kernels, 0, p.rows, threaded(4));
+      if (!CHECK(out.same(0, serial, 0, serial.size()))) return;
+    }
+  }
+}
+
 TEST(panels_keep_nan_and_infinity_in_their_row) {
   std::mt19937_64 random(check::seed);
   for (const Kernels* kernels : machine_kernels()) {

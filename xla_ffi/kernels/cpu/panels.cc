@@ -60,9 +60,11 @@ void linear_panels(const Kernels& kernels, const void* x, ElementType x_type, co
   args.n = n;
   args.k = k;
   if (x_type == ElementType::kBFloat16 && !kernels.bf16_pairs) {
-    float* wide = Scratch::floats(rows * k);
+    args.x_stride = (k + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
+    float* wide = Scratch::floats(rows * args.x_stride);
     const auto widen = [&](int64_t row) {
-      kernels.to_float(static_cast<const uint16_t*>(x) + row * k, x_type, 1, k, k, wide + row * k);
+      kernels.to_float(static_cast<const uint16_t*>(x) + row * k, x_type, 1, k, args.x_stride,
+                       wide + row * args.x_stride);
     };
     if (rows * k <= kSerialWiden) {
       run_serially(rows, widen);
