@@ -1,7 +1,7 @@
 """Whether it pays to plan a step while the one before it runs.
 
 It hides the host's work behind the device's. A request of which the host has to know the last token
-before it can be planned again (`Request.waits_for_token`) pays for it: it can only be part of every
+before it can be planned again (`Request.decodes`) pays for it: it can only be part of every
 other step.
 """
 

@@ -61,6 +61,8 @@ class Request:
         parked: not to be planned: it leaves for host memory when no step names it.
         to_host: admitted to leave for host memory after its first token.
         matcher: which tokens may come next, after `output_ids`; None: any.
+        max_tokens: most tokens it may generate.
+        wants_logprobs: whether any log probabilities are asked for.
         synthetic: its prompt counts as computed, whatever is in its memory; for measuring decodes
             behind contexts that take minutes to prefill.
         num_preemptions: how often it lost its slot.
@@ -106,6 +108,14 @@ class Request:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: str | None = None
+    max_tokens: int = field(init=False)
+    wants_logprobs: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        params = self.params
+        assert params.max_tokens is not None
+        self.max_tokens = params.max_tokens
+        self.wants_logprobs = params.logprobs is not None or params.prompt_logprobs is not None
 
     @property
     def suspect(self) -> bool:
@@ -120,12 +130,6 @@ class Request:
         return self.arrival_s + self.priority * PRIORITY_S, self.number
 
     @property
-    def max_tokens(self) -> int:
-        """Most tokens it may generate."""
-        assert self.params.max_tokens is not None
-        return self.params.max_tokens
-
-    @property
     def num_tokens(self) -> int:
         """Tokens of prompt and output, those in flight included."""
         return len(self.prompt_ids) + len(self.output_ids) + self.in_flight
@@ -138,15 +142,22 @@ class Request:
     @property
     def remaining(self) -> int:
         """Tokens still to compute before the next one can be sampled; 0 when all are sampled."""
-        if len(self.output_ids) + self.in_flight >= self.max_tokens:
+        sampled = len(self.output_ids) + self.in_flight
+        if sampled >= self.max_tokens:
             return 0
-        return self.num_tokens - self.computed
+        return len(self.prompt_ids) + sampled - self.computed
 
     @property
-    def waits_for_token(self) -> bool:
-        """Whether it cannot be planned before its token in flight is known: what may follow it
-        depends on it."""
-        return self.matcher is not None and self.in_flight > 0
+    def decodes(self) -> bool:
+        """Whether its next token can be planned, and that alone. What follows a token in flight may
+        depend on it: then it cannot be before the token is known."""
+        sampled = len(self.output_ids) + self.in_flight
+        return (
+            self.computed + 1 == len(self.prompt_ids) + sampled
+            and sampled < self.max_tokens
+            and not self.parked
+            and (self.matcher is None or self.in_flight == 0)
+        )
 
     @property
     def wants_prompt_logprobs(self) -> bool:

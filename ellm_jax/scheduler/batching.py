@@ -133,12 +133,7 @@ class Scheduler(Queues):
 
     def _add_decodes(self, draft: Draft) -> None:
         for request in self.running:
-            if (
-                request.remaining == 1
-                and not request.parked
-                and not request.waits_for_token
-                and draft.open_to(request)
-            ):
+            if request.decodes and draft.open_to(request):
                 draft.add(Share(request, request.computed, 1, True))
         if draft.shares and not draft.fits_now:
             raise draft.pressure()

@@ -37,10 +37,10 @@ class Share:
     @property
     def mode(self) -> StepMode:
         """What the step has to report for it."""
-        params = self.request.params
         masked = self.samples and self.request.matcher is not None
-        if params.logprobs is None and params.prompt_logprobs is None:
+        if not self.request.wants_logprobs:
             return _MASKED if masked else _PLAIN
+        params = self.request.params
         rest_of_prompt = self.begin + 1 < len(self.request.prompt_ids)
         return StepMode(
             logprobs=self.samples and params.logprobs is not None,
@@ -121,17 +121,17 @@ class Draft:
 
     def add(self, share: Share) -> None:
         """Takes a share in."""
+        request, count = share.request, share.count
         self.chunks += self._missing(share)
-        self.rows += share.count
-        mode = share.mode
-        if mode is not _PLAIN:
-            self.mode |= mode
-        if share.request.num_failures:
+        self.rows += count
+        if request.wants_logprobs or request.matcher is not None:
+            self.mode |= share.mode
+        if request.num_failures:
             self.suspect = True
-        if share.count == 1:
+        if count == 1:
             self.decode_pairs += share.begin + 1
         else:
-            self.prefill_pairs += prefill_pairs(share.begin, share.count)
+            self.prefill_pairs += prefill_pairs(share.begin, count)
         self.shares.append(share)
 
     def largest_share(self, request: Request) -> Share | None:

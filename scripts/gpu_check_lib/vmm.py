@@ -102,7 +102,7 @@ class _Moves:
                 on_thread(self._engine, lambda: self._step(step))
                 times["inflate"].append(on_thread(self._engine, self._grow))
                 times["deflate"].append(on_thread(self._engine, self._shrink))
-        counts = dict(events.counts)
+        counts = {kind: count for kind, (count, _) in events.totals().items()}
         peak = watch.peak_bytes - beside
         self._report.data["moves"] = {
             "bytes": self._need,
