@@ -132,9 +132,7 @@ class Scheduler(Queues):
         return draft.plan()
 
     def _add_decodes(self, draft: Draft) -> None:
-        for request in self.running:
-            if request.decodes and draft.open_to(request):
-                draft.add(Share(request, request.computed, 1, True))
+        draft.add_decodes(self.running)
         if draft.shares and not draft.fits_now:
             raise draft.pressure()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from ellm_jax.config import format_bytes
@@ -133,6 +133,34 @@ class Draft:
         else:
             self.prefill_pairs += prefill_pairs(share.begin, count)
         self.shares.append(share)
+
+    def add_decodes(self, running: Iterable[Request]) -> None:
+        """Takes in the next token of each that decodes and that there is room for: `open_to` and
+        `add` in a loop of few calls, for it is most of what planning a step takes."""
+        shares, missing_chunks = self.shares, self.ledger.missing_chunks
+        left = self.max_rows - self.rows
+        chunks = pairs = 0
+        for request in running:
+            if not request.decodes:
+                continue
+            if left == 0:
+                break
+            if request.num_failures:
+                if self.suspect:
+                    continue
+                self.suspect = True
+            begin, slot = request.computed, request.slot
+            assert slot is not None
+            share = Share(request, begin, 1, True)
+            if request.wants_logprobs or request.matcher is not None:
+                self.mode |= share.mode
+            shares.append(share)
+            left -= 1
+            chunks += missing_chunks(slot, begin + 1)
+            pairs += begin + 1
+        self.rows = self.max_rows - left
+        self.chunks += chunks
+        self.decode_pairs += pairs
 
     def largest_share(self, request: Request) -> Share | None:
         """The largest piece of what a request has to compute that fits memory and time; None if
