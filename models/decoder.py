@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from ellm_jax.models.collectives import closed, embedded, scored
 from ellm_jax.models.config import ModelConfig
-from ellm_jax.models.ops import HeadNorms, ModelOps
+from ellm_jax.models.ops import Finish, HeadNorms, ModelOps
 from ellm_jax.models.params import Held, held_params, param_shapes, scale_of, zero_of
 from ellm_jax.models.quantization import Format, Quantization, quantization_of
 from ellm_jax.models.rope import rotation
@@ -51,9 +51,10 @@ def _product(
     layer: jax.Array | None,
     outputs: int,
     out_dtype: DTypeLike | None = None,
+    finish: Finish | None = None,
 ) -> jax.Array:
     """x times a matrix of `owner` with so many outputs, which is held in this form; one that is not
-    stacked over layers has no `layer`."""
+    stacked over layers has no `layer`. Only in panels there is something to `finish`."""
 
     def stacked(param: str) -> jax.Array:
         array: jax.Array = getattr(owner, param)[...]
@@ -64,10 +65,12 @@ def _product(
     if form is None:
         return ops.linear(x, weight, index, out_dtype)
     if form.bits == 16:
-        return ops.linear(x, weight, index, out_dtype, panels=form.panels)
+        return ops.linear(x, weight, index, out_dtype, panels=form.panels, finish=finish)
     scale = stacked(scale_of(name))
     if form.bits == 8:
-        return ops.linear_int8(x, weight, scale, index, out_dtype, panels=form.panels)
+        return ops.linear_int8(
+            x, weight, scale, index, out_dtype, panels=form.panels, finish=finish
+        )
     zero = stacked(zero_of(name)) if form.zeros else None
     return ops.linear_int4(x, weight, scale, zero, index, outputs, out_dtype)
 
@@ -199,10 +202,9 @@ class Decoder(nnx.Module):
         def finish(
             ops: ModelOps, x: jax.Array, mixed: jax.Array, this: dict[str, jax.Array]
         ) -> jax.Array:
-            x = x + self._linear(ops, mixed, "o", this)
+            x = self._linear(ops, mixed, "o", this, add=x)
             h = ops.rms_norm(x, this["mlp_norm"], config.norm_eps)
-            gated = ops.silu_mul(self._linear(ops, h, "gate_up", this))
-            return x + self._linear(ops, gated, "down", this)
+            return self._linear(ops, self._gated(ops, h, this), "down", this, add=x)
 
         def block(carry: tuple[jax.Array, Any], this: dict[str, jax.Array]) -> tuple[Any, None]:
             x, mixed, cache = mix(*carry, this)
@@ -220,17 +222,45 @@ class Decoder(nnx.Module):
         return ops.rms_norm(x, self.final_norm[...], config.norm_eps), cache
 
     def _linear(
-        self, ops: ModelOps, x: jax.Array, name: str, this: dict[str, jax.Array]
+        self,
+        ops: ModelOps,
+        x: jax.Array,
+        name: str,
+        this: dict[str, jax.Array],
+        add: jax.Array | None = None,
     ) -> jax.Array:
-        """x times a matrix of a layer, of which `this` is all that is not a matrix."""
+        """x times a matrix of a layer, of which `this` is all that is not a matrix, and its bias
+        and `add` on top."""
+        form = self._form(f"blocks.{name}")
+        bias = this.get(f"{name}_bias")
+        if form is not None and form.panels and not (name in CLOSING and self.shards.count > 1):
+            return self._multiplied(ops, x, name, this, Finish(bias, add))
+        if name in CLOSING:
+            y = closed(self.shards, lambda x: self._multiplied(ops, x, name, this), x)
+        else:
+            y = self._multiplied(ops, x, name, this)
+        y = y if bias is None else y + bias
+        return y if add is None else add + y
 
-        def product(x: jax.Array) -> jax.Array:
-            matrix = f"blocks.{name}"
-            outputs = self._outputs(matrix)
-            return _product(ops, self.blocks, name, self._form(matrix), x, this["layer"], outputs)
+    def _gated(self, ops: ModelOps, x: jax.Array, this: dict[str, jax.Array]) -> jax.Array:
+        """`silu(gate) * up` of a layer's MLP."""
+        form = self._form("blocks.gate_up")
+        if form is not None and form.gated:
+            finish = Finish(this.get("gate_up_bias"), gated=True)
+            return self._multiplied(ops, x, "gate_up", this, finish)
+        return ops.silu_mul(self._linear(ops, x, "gate_up", this))
 
-        y = closed(self.shards, product, x) if name in CLOSING else product(x)
-        return y + this[f"{name}_bias"] if f"{name}_bias" in this else y
+    def _multiplied(
+        self,
+        ops: ModelOps,
+        x: jax.Array,
+        name: str,
+        this: dict[str, jax.Array],
+        finish: Finish | None = None,
+    ) -> jax.Array:
+        matrix = f"blocks.{name}"
+        outputs, form = self._outputs(matrix), self._form(matrix)
+        return _product(ops, self.blocks, name, form, x, this["layer"], outputs, finish=finish)
 
     def logits(self, hidden: jax.Array, ops: ModelOps) -> jax.Array:
         """Scores of every token of the vocabulary: `[R, H]` in, `f32[R, V]` out."""

@@ -21,6 +21,22 @@ class HeadNorms(NamedTuple):
     eps: float
 
 
+class Finish(NamedTuple):
+    """What a linear layer in panels makes of its products `[T, N]` before they are stored, in this
+    order, and each rounded to the dtype of the result.
+
+    Attributes:
+        bias: `[N]`, added to each row.
+        add: `[T, N]`, added.
+        gated: the outputs are gates and ups by turns, as `Format.gated` says; the result is
+            `silu(gate) * up`, `[T, N / 2]`. Nothing is added then.
+    """
+
+    bias: jax.Array | None = None
+    add: jax.Array | None = None
+    gated: bool = False
+
+
 class ModelOps(Protocol):
     """The computations that an engine supplies to a model.
 
@@ -37,6 +53,7 @@ class ModelOps(Protocol):
         out_dtype: DTypeLike | None = None,
         *,
         panels: bool = False,
+        finish: Finish | None = None,
     ) -> jax.Array:
         """`x @ weight[layer].T`, accumulated in float32.
 
@@ -46,9 +63,11 @@ class ModelOps(Protocol):
             layer: `i32[]`.
             out_dtype: of the result; None takes that of x.
             panels: the weight is bfloat16 and each layer of it in panels, as `Format` says.
+            finish: what comes after the products, or nothing; only with `panels`, and where the
+                result is bfloat16.
 
         Returns:
-            `[T, N]`.
+            `[T, N]`, or what `finish` makes of it.
         """
         ...
 
@@ -61,6 +80,7 @@ class ModelOps(Protocol):
         out_dtype: DTypeLike | None = None,
         *,
         panels: bool = False,
+        finish: Finish | None = None,
     ) -> jax.Array:
         """`x @ (weight[layer] * scale[layer]).T`, each row of x quantised to int8 too.
 
@@ -74,9 +94,10 @@ class ModelOps(Protocol):
             layer: `i32[]`.
             out_dtype: of the result; None takes that of x.
             panels: each layer of the weight is in panels, as `Format` says.
+            finish: see `linear`.
 
         Returns:
-            `[T, N]`.
+            `[T, N]`, or what `finish` makes of it.
         """
         ...
 

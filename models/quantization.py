@@ -34,6 +34,7 @@ class Format:
     group: int = 0
     zeros: bool = False
     panels: bool = False
+    gated: bool = False
 
 
 @dataclass(frozen=True)

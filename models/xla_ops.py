@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from ellm_jax.models.ops import HeadNorms
+from ellm_jax.models.ops import Finish, HeadNorms
 from ellm_jax.models.quantization import WIDE_PANEL_OUTPUTS
 from ellm_jax.models.rope import apply_rotation
 
@@ -30,6 +30,20 @@ def _by_row(panels: jax.Array) -> jax.Array:
     return jnp.concatenate(parts)
 
 
+def _finished(y: jax.Array, finish: Finish | None) -> jax.Array:
+    if finish is None:
+        return y
+    if finish.bias is not None:
+        y = y + finish.bias
+    if finish.add is not None:
+        y = y + finish.add
+    if finish.gated:
+        panels = y.astype(jnp.float32).reshape(y.shape[0], -1, 2, WIDE_PANEL_OUTPUTS // 2)
+        gated = jax.nn.silu(panels[:, :, 0]) * panels[:, :, 1]
+        y = gated.reshape(y.shape[0], -1).astype(y.dtype)
+    return y
+
+
 class XlaOps:
     """`ModelOps` without a cache: the tokens are one sequence from its start. Differentiable."""
 
@@ -41,15 +55,17 @@ class XlaOps:
         out_dtype: DTypeLike | None = None,
         *,
         panels: bool = False,
+        finish: Finish | None = None,
     ) -> jax.Array:
         """`x @ weight[layer].T` in float32, returned in `out_dtype` or the dtype of x."""
-        return jnp.einsum(
+        y = jnp.einsum(
             "tk,nk->tn",
             x,
             _by_row(weight[layer]) if panels else weight[layer],
             precision=lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
         ).astype(x.dtype if out_dtype is None else out_dtype)
+        return _finished(y, finish)
 
     def linear_int8(
         self,
@@ -60,6 +76,7 @@ class XlaOps:
         out_dtype: DTypeLike | None = None,
         *,
         panels: bool = False,
+        finish: Finish | None = None,
     ) -> jax.Array:
         """See `ModelOps.linear_int8`. Rows below 1e-30 all over count as zero."""
         wide = x.astype(jnp.float32)
@@ -70,7 +87,7 @@ class XlaOps:
         matrix = _by_row(weight[layer]) if panels else weight[layer]
         sums = jnp.einsum("tk,nk->tn", values, matrix, preferred_element_type=jnp.int32)
         y = sums.astype(jnp.float32) * x_scale * scale[layer]
-        return y.astype(x.dtype if out_dtype is None else out_dtype)
+        return _finished(y.astype(x.dtype if out_dtype is None else out_dtype), finish)
 
     def linear_int4(
         self,

@@ -11,6 +11,7 @@ import pytest
 from ellm_jax import _native
 from ellm_jax.checkpoint import convert, in_panels, load_model, read_config, weights_bytes
 from ellm_jax.models import Format, quantization_of
+from ellm_jax.models.ops import Finish
 from ellm_jax.models.shards import WHOLE, Shards
 from ellm_jax.models.xla_ops import XlaOps
 from ellm_jax.runtime import ops
@@ -29,6 +30,17 @@ def by_hand(matrix):
         words = rows.reshape(len(rows), -1, 4 // rows.itemsize)
         panels.append(words.swapaxes(0, 1).reshape(-1))
     return np.concatenate(panels).reshape(matrix.shape)
+
+
+def by_turns(array, axis=-2):
+    """Gates and ups, behind each other along an axis, by turns: 32 of each."""
+    gates, ups = np.split(array, 2, axis)
+    parts = [
+        np.take(half, range(first, first + 32), axis)
+        for first in range(0, gates.shape[axis], 32)
+        for half in (gates, ups)
+    ]
+    return np.concatenate(parts, axis)
 
 
 def random_matrix(rng, *shape):
@@ -57,7 +69,71 @@ def test_linear(out_dtype, rows, n, k):
     np.testing.assert_array_equal(np.asarray(plain), np.asarray(by_row))
 
 
-def test_linear_refuses_what_cannot_lie_in_panels():
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("in_int8", [False, True])
+@pytest.mark.parametrize("steps", ["bias", "add", "bias add", "gated", "bias gated"])
+def test_what_follows_in_a_call_is_the_same_as_after_it(rows, in_int8, steps):
+    if in_int8 and not _native.int8_panels():
+        pytest.skip("needs AVX-512 VNNI")
+    rng = np.random.default_rng(rows)
+    n, k, used, layer = 192, 96, np.array([rows], np.int32), jnp.int32(1)
+    x, bias = random_matrix(rng, rows + 2, k), random_matrix(rng, n)
+    add = random_matrix(rng, rows + 2, n)
+    w, scale = random_matrix(rng, 2, n, k), rng.uniform(0.001, 0.1, (2, n)).astype(np.float32)
+    if in_int8:
+        w = rng.integers(-127, 128, (2, n, k), np.int8)
+
+    def multiplied(x, w, scale, finish=None):
+        panels = np.stack([by_hand(matrix) for matrix in w])
+        if in_int8:
+            return ops.linear_int8(
+                x, panels, scale, layer, used, "bfloat16", panels=True, finish=finish
+            )
+        return ops.linear(x, panels, layer, used, "bfloat16", panels=True, finish=finish)
+
+    want = multiplied(x, w, scale)
+    if "bias" in steps:
+        want = want + bias
+    if "add" in steps:
+        want = want + add
+    if "gated" in steps:
+        want = ops.silu_mul(want, used)
+        w, scale, bias = by_turns(w), by_turns(scale, -1), by_turns(bias, -1)
+    finish = Finish(
+        bias if "bias" in steps else None, add if "add" in steps else None, "gated" in steps
+    )
+    out = jax.jit(lambda x: multiplied(x, w, scale, finish))(x)
+    assert out.shape == want.shape
+    np.testing.assert_array_equal(np.asarray(out)[:rows], np.asarray(want)[:rows])
+    assert not np.asarray(out)[rows:].astype(np.float32).any()
+
+    panels = np.stack([by_hand(matrix) for matrix in w])
+    x = jnp.asarray(x)
+    if in_int8:
+        plain = XlaOps().linear_int8(x, panels, scale, layer, None, panels=True, finish=finish)
+    else:
+        plain = XlaOps().linear(x, jnp.asarray(panels), layer, None, panels=True, finish=finish)
+    exact = np.asarray(want)[:rows].astype(np.float32)
+    error = np.abs(np.asarray(plain)[:rows].astype(np.float32) - exact)
+    assert (error <= np.abs(exact) / 64 + 1e-2 * np.abs(exact).max()).all()
+
+
+def test_linear_refuses_what_cannot_follow_in_a_call():
+    one, layer = np.array([1], np.int32), jnp.int32(0)
+    x, w = np.ones((1, 8), BFLOAT16), np.ones((1, 96, 8), BFLOAT16)
+    row = np.ones((1, 96), BFLOAT16)
+    for finish, panels, dtype, message in (
+        (Finish(add=row), False, "bfloat16", "take weights in panels"),
+        (Finish(add=row), True, "float32", "a result in bfloat16"),
+        (Finish(bias=row[0, :5]), True, "bfloat16", "of these sizes"),
+        (Finish(add=row.astype(np.float32)), True, "bfloat16", "of these sizes"),
+        (Finish(gated=True), True, "bfloat16", "a multiple of 64"),
+    ):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+            jax.block_until_ready(ops.linear(x, w, layer, one, dtype, panels=panels, finish=finish))
+
+
+def test_linear_refuses_what_cannot_lie_cannot_lie_in_panels():
     one, layer = np.array([1], np.int32), jnp.int32(0)
     for x, w in (
         (np.ones((1, 7), BFLOAT16), np.ones((1, 4, 7), BFLOAT16)),
@@ -110,8 +186,11 @@ def test_matrices_are_loaded_into_panels_and_nothing_else_is(
         assert sorted(matrices) == sorted(MATRICES + head)
     assert quantization != "int4" or set(matrices) <= {"lm_head"}
     assert after.keys() == before.keys()
+    gated = chosen.blocks is not None and chosen.blocks.gated
     for param, array in before.items():
         expected = np.asarray(array)
+        if param.startswith("blocks.gate_up") and gated:
+            expected = by_turns(expected, -2 if param in matrices else -1)
         if param in matrices:
             layers = expected.reshape(-1, *expected.shape[-2:])
             expected = np.stack([by_hand(layer) for layer in layers]).reshape(expected.shape)
@@ -121,10 +200,19 @@ def test_matrices_are_loaded_into_panels_and_nothing_else_is(
 def test_what_is_looked_up_or_odd_stays_as_it_is(tiny_checkpoint):
     config = read_config(tiny_checkpoint("llama_bias_linear"))
     panels, int8 = Format(16, panels=True), quantization_of("int8")
+    assert config.intermediate_size % 32 == 0
     chosen = in_panels(config, None, WHOLE)
-    assert (chosen.name, chosen.blocks, chosen.head) == ("bfloat16", panels, panels)
+    assert (chosen.name, chosen.blocks, chosen.head) == (
+        "bfloat16",
+        replace(panels, gated=True),
+        panels,
+    )
     in_int8 = in_panels(config, "int8", WHOLE)
-    assert in_int8.blocks == in_int8.head == Format(8, panels=_native.int8_panels())
+    if _native.int8_panels():
+        assert in_int8.head == Format(8, panels=True)
+        assert in_int8.blocks == replace(in_int8.head, gated=True)
+    else:
+        assert in_int8 == int8
     assert in_panels(config, replace(int8, head=None), WHOLE).head == panels
     int4 = in_panels(config, "int4", WHOLE)
     assert (int4.blocks, int4.head) == (quantization_of("int4").blocks, in_int8.head)

@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 
 from ellm_jax._native import int8_panels, pack_panels
 from ellm_jax.models import Format, ModelConfig, Quantization, param_shapes, quantization_of
+from ellm_jax.models.quantization import WIDE_PANEL_OUTPUTS
 from ellm_jax.models.shards import Shards
 
 _WORD_BYTES = 4
+_OF_GATES_AND_UPS = ("blocks.gate_up_bias", "blocks.gate_up_scale")
 
 
 def in_panels(
@@ -22,7 +24,8 @@ def in_panels(
     which are those that are not quantised, and of int8 where the processor has instructions for it.
 
     An output head that is the embedding stays as it is, for rows of it are looked up; and so does
-    every matrix where one of them has a number of inputs that does not divide into words.
+    every matrix where one of them has a number of inputs that does not divide into words. Gates and
+    ups take turns where each device's part of them fills panels.
     """
     chosen = quantization_of(quantization)
     inputs = [
@@ -31,19 +34,22 @@ def in_panels(
         if len(shape) > 1 and not name.endswith(("_bias", "norm"))
     ]
 
-    def held(form: Format | None) -> Format | None:
+    gate_up = shards.part_shape("blocks.gate_up", param_shapes(config)["blocks.gate_up"])
+    gated = gate_up[-2] % WIDE_PANEL_OUTPUTS == 0
+
+    def held(form: Format | None, gated: bool) -> Format | None:
         bits = 16 if form is None else form.bits
         fits = all(size % (8 * _WORD_BYTES // bits) == 0 for size in inputs)
         if bits == 4 or not fits or (bits == 8 and not int8_panels()):
             return form
-        return Format(bits, panels=True)
+        return Format(bits, panels=True, gated=gated)
 
     tied = chosen.head is None and config.tie_embeddings
     return dataclasses.replace(
         chosen,
         name="bfloat16" if chosen.blocks is None else chosen.name,
-        blocks=held(chosen.blocks),
-        head=None if tied else held(chosen.head),
+        blocks=held(chosen.blocks, gated),
+        head=None if tied else held(chosen.head, False),
     )
 
 
@@ -51,9 +57,13 @@ def put_into_panels(
     name: str, array: NDArray[Any], quantization: str | Quantization | None
 ) -> None:
     """Rearranges a device's part of a parameter in its place, if it is to be held so."""
-    form = quantization_of(quantization).format_of(name)
-    if form is None or not form.panels:
-        return
-    words = array.view(np.uint32)
-    for matrix in words.reshape(-1, *words.shape[-2:]):
-        pack_panels(matrix)
+    chosen = quantization_of(quantization)
+    form = chosen.format_of(name)
+    if name in _OF_GATES_AND_UPS and (blocks := chosen.blocks) is not None and blocks.gated:
+        halves = array.reshape(len(array), 2, -1, WIDE_PANEL_OUTPUTS // 2)
+        array[...] = halves.swapaxes(1, 2).reshape(array.shape)
+    elif form is not None and form.panels:
+        gated = form.gated and name == "blocks.gate_up"
+        words = array.view(np.uint32)
+        for matrix in words.reshape(-1, *words.shape[-2:]):
+            pack_panels(matrix, gated)

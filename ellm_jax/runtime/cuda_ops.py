@@ -18,6 +18,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from ellm_jax import _native
+from ellm_jax.models.ops import Finish
 from ellm_jax.models.xla_ops import XlaOps
 from ellm_jax.runtime.batch import check_decodes_only, sequences_of
 
@@ -191,10 +192,11 @@ class CudaOps(XlaOps):
         out_dtype: DTypeLike | None = None,
         *,
         panels: bool = False,
+        finish: Finish | None = None,
     ) -> jax.Array:
         """See `ModelOps.linear`. Never in TF32: float32 is there to be exact."""
         if panels:  # Nobody loads them for a GPU.
-            return super().linear(x, weight, layer, out_dtype, panels=True)
+            return super().linear(x, weight, layer, out_dtype, panels=True, finish=finish)
         return lax.dot_general(
             x,
             # Indexed so that XLA sees a plain slice, at the loop's counter or of the last layer;

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from ellm_jax import _native
 
 if TYPE_CHECKING:
-    from ellm_jax.models.ops import HeadNorms
+    from ellm_jax.models.ops import Finish, HeadNorms
 
 
 @functools.cache
@@ -87,6 +87,7 @@ def linear(
     out_dtype: DTypeLike,
     *,
     panels: bool = False,
+    finish: Finish | None = None,
 ) -> jax.Array:
     """`x[:rows] @ weight[layer].T`, accumulated in float32; each row in an order of its own.
 
@@ -97,15 +98,25 @@ def linear(
         rows: `i32[1]`, rows in use.
         out_dtype: float32 or bfloat16.
         panels: the weight is bfloat16 and each layer of it in panels, as `Format` says.
+        finish: see `ModelOps.linear`.
 
     Returns:
-        `[T, N]`, zero past `rows`.
+        `[T, N]`, or what `finish` makes of it, zero past `rows`.
     """
-    call = jax.ffi.ffi_call(
-        "ellm_linear", jax.ShapeDtypeStruct((x.shape[0], weight.shape[1]), out_dtype)
-    )
-    out: jax.Array = call(x, weight, layer.reshape(1), rows, panels=panels)
+    bias, add, gated = _finish_operands(x, finish)
+    outputs = weight.shape[1] // 2 if gated else weight.shape[1]
+    call = jax.ffi.ffi_call("ellm_linear", jax.ShapeDtypeStruct((x.shape[0], outputs), out_dtype))
+    out: jax.Array = call(x, weight, bias, add, layer.reshape(1), rows, panels=panels, gated=gated)
     return out
+
+
+def _finish_operands(x: jax.Array, finish: Finish | None) -> tuple[jax.Array, jax.Array, bool]:
+    """Bias and what is added, empty where there is none, and whether the result is gated."""
+    none = jnp.zeros((0,), x.dtype)
+    if finish is None:
+        return none, none, False
+    bias, add = (none if operand is None else operand for operand in (finish.bias, finish.add))
+    return bias, add, finish.gated
 
 
 def linear_int8(
@@ -117,6 +128,7 @@ def linear_int8(
     out_dtype: DTypeLike,
     *,
     panels: bool = False,
+    finish: Finish | None = None,
 ) -> jax.Array:
     """`x[:rows] @ (weight[layer] * scale[layer]).T`, the rows quantised to int8 as
     `ModelOps.linear_int8` says; the same bits on every instruction set.
@@ -130,14 +142,20 @@ def linear_int8(
         out_dtype: float32 or bfloat16.
         panels: each layer of the weight is in panels, as `Format` says; only where
             `_native.int8_panels()`.
+        finish: see `ModelOps.linear`.
 
     Returns:
-        `[T, N]`, zero past `rows`; NaN in rows of x that are not finite.
+        `[T, N]`, or what `finish` makes of it, zero past `rows`; NaN in rows of x that are not
+        finite.
     """
+    bias, add, gated = _finish_operands(x, finish)
+    outputs = weight.shape[1] // 2 if gated else weight.shape[1]
     call = jax.ffi.ffi_call(
-        "ellm_linear_int8", jax.ShapeDtypeStruct((x.shape[0], weight.shape[1]), out_dtype)
+        "ellm_linear_int8", jax.ShapeDtypeStruct((x.shape[0], outputs), out_dtype)
     )
-    out: jax.Array = call(x, weight, scale, layer.reshape(1), rows, panels=panels)
+    out: jax.Array = call(
+        x, weight, scale, bias, add, layer.reshape(1), rows, panels=panels, gated=gated
+    )
     return out
 
 
@@ -276,10 +294,11 @@ class NativeOps:
         out_dtype: DTypeLike | None = None,
         *,
         panels: bool = False,
+        finish: Finish | None = None,
     ) -> jax.Array:
         """See `ModelOps.linear`; rows past those in use are zero."""
         dtype = x.dtype if out_dtype is None else out_dtype
-        return linear(x, weight, layer, self._rows, dtype, panels=panels)
+        return linear(x, weight, layer, self._rows, dtype, panels=panels, finish=finish)
 
     def linear_int8(
         self,
@@ -290,10 +309,11 @@ class NativeOps:
         out_dtype: DTypeLike | None = None,
         *,
         panels: bool = False,
+        finish: Finish | None = None,
     ) -> jax.Array:
         """See `ModelOps.linear_int8`; rows past those in use are zero."""
         dtype = x.dtype if out_dtype is None else out_dtype
-        return linear_int8(x, weight, scale, layer, self._rows, dtype, panels=panels)
+        return linear_int8(x, weight, scale, layer, self._rows, dtype, panels=panels, finish=finish)
 
     def linear_int4(
         self,

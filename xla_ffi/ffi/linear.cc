@@ -5,6 +5,7 @@
 #include <string>
 
 #include "ffi/element_type.h"
+#include "ffi/finish.h"
 #include "ffi/handlers.h"
 #include "ffi/thread_pool.h"
 #include "kernels/cpu/dispatch.h"
@@ -17,16 +18,18 @@ namespace xf = xla::ffi;
 
 namespace {
 
-// x [T, K], weight [L, N, K], layer s32[1], rows s32[1] -> out [T, N]; rows past `rows` are zero.
-// With `panels` each layer of the weight is in panels.
+// x [T, K], weight [L, N, K], bias [N] or [0], add [T, N] or [0], layer s32[1], rows s32[1] -> out
+// [T, N]; rows past `rows` are zero. With `panels` each layer of the weight is in panels; only then
+// may there be a bias or something to add, and with `gated`, out [T, N / 2].
 xf::Error linear_impl(xf::ThreadPool pool, xf::AnyBuffer x, xf::AnyBuffer weight,
-                      xf::Buffer<xf::S32> layer, xf::Buffer<xf::S32> rows,
-                      xf::Result<xf::AnyBuffer> out, bool panels) {
+                      xf::AnyBuffer bias, xf::AnyBuffer add, xf::Buffer<xf::S32> layer,
+                      xf::Buffer<xf::S32> rows, xf::Result<xf::AnyBuffer> out, bool panels,
+                      bool gated) {
   const auto xd = x.dimensions();
   const auto wd = weight.dimensions();
   const auto od = out->dimensions();
   if (xd.size() != 2 || wd.size() != 3 || od.size() != 2 || xd[1] != wd[2] || od[0] != xd[0] ||
-      od[1] != wd[1]) {
+      od[1] != wd[1] / (gated ? 2 : 1)) {
     return xf::Error(xf::ErrorCode::kInvalidArgument,
                      "ellm_linear: x [T, K], weight [L, N, K] and result [T, N] do not fit");
   }
@@ -52,6 +55,11 @@ xf::Error linear_impl(xf::ThreadPool pool, xf::AnyBuffer x, xf::AnyBuffer weight
                      "inputs, not " +
                          std::to_string(k));
   }
+  Finish finish;
+  if (const std::string error = read_finish(bias, add, gated, xd[0], n, panels, out_type, &finish);
+      !error.empty()) {
+    return xf::Error(xf::ErrorCode::kInvalidArgument, "ellm_linear: " + error);
+  }
   const char* w =
       static_cast<const char*>(weight.untyped_data()) + l * n * k * element_bytes(w_type);
   XlaParallel parallel(pool);
@@ -60,12 +68,13 @@ xf::Error linear_impl(xf::ThreadPool pool, xf::AnyBuffer x, xf::AnyBuffer weight
   };
   if (panels) {
     linear_panels(kernels(), x.untyped_data(), x_type, reinterpret_cast<const uint16_t*>(w),
-                  out->untyped_data(), out_type, used, n, k, spread, parallel.num_threads());
+                  out->untyped_data(), out_type, used, n, k, spread, parallel.num_threads(),
+                  finish);
   } else {
     linear(kernels(), x.untyped_data(), x_type, w, w_type, out->untyped_data(), out_type, used, n,
            k, spread, parallel.num_threads());
   }
-  const int64_t row_bytes = n * element_bytes(out_type);
+  const int64_t row_bytes = od[1] * element_bytes(out_type);
   std::memset(static_cast<char*>(out->untyped_data()) + used * row_bytes, 0,
               (xd[0] - used) * row_bytes);
   return xf::Error::Success();
@@ -78,9 +87,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_handler, linear_impl,
                                   .Ctx<xf::ThreadPool>()
                                   .Arg<xf::AnyBuffer>()
                                   .Arg<xf::AnyBuffer>()
+                                  .Arg<xf::AnyBuffer>()
+                                  .Arg<xf::AnyBuffer>()
                                   .Arg<xf::Buffer<xf::S32>>()
                                   .Arg<xf::Buffer<xf::S32>>()
                                   .Ret<xf::AnyBuffer>()
-                                  .Attr<bool>("panels"));
+                                  .Attr<bool>("panels")
+                                  .Attr<bool>("gated"));
 
 }  // namespace ellm

@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "kernel_fixtures.h"
+#include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/panels.h"
 
 namespace ellm {
@@ -214,6 +215,46 @@ TEST(int8_in_panels_is_the_same_to_the_bit) {
     const Problem p(400, 70, 4104, ElementType::kBFloat16, ElementType::kBFloat16, &random);
     const Elements want = p.run(*kernels);
     CHECK(p.run_in_panels(*kernels).same(0, want, 0, want.size()));
+  }
+}
+
+TEST(int8_what_follows_in_a_call_is_the_same_as_after_it) {
+  std::mt19937_64 random(check::seed);
+  constexpr ElementType kBf16 = ElementType::kBFloat16;
+  const auto bits = [](const Elements& e) { return reinterpret_cast<const uint16_t*>(e.at(0)); };
+  for (const Int8Kernels* int8 : machine_int8_kernels()) {
+    if (int8->linear_panels == nullptr) continue;
+    for (int64_t rows : {1, 7, 40}) {
+      for (int64_t n : {64, 192}) {
+        const int64_t k = rows == 7 ? 4104 : 36;
+        const Problem p(rows, n, k, kBf16, kBf16, &random);
+        const Elements bias = random_elements(kBf16, n, &random);
+        const Elements add = random_elements(kBf16, rows * n, &random);
+        const auto run = [&](const Quantized& w, const Elements& biases, bool gated) {
+          std::vector<int8_t> panels = w.values;
+          pack_panels(panels.data(), n, k / kWordBytes);
+          Elements out(kBf16, rows * n / (gated ? 2 : 1));
+          int8_linear_panels(*int8, p.x.at(0), kBf16, panels.data(), w.scales.data(), out.at(0),
+                             kBf16, rows, n, k, threaded(4), kRanges,
+                             {bits(biases), gated ? nullptr : bits(add), gated});
+          return out;
+        };
+        Elements biased = p.run(*int8);
+        for (int64_t i = 0; i < rows * n; ++i) biased.set(i, biased.get(i) + bias.get(i % n));
+        Elements added = biased;
+        for (int64_t i = 0; i < rows * n; ++i) added.set(i, biased.get(i) + add.get(i));
+        CHECK(run(p.w, bias, false).same(0, added, 0, added.size()));
+
+        Elements gated(kBf16, rows * n / 2);
+        kernels().silu_mul(biased.at(0), gated.at(0), kBf16, rows, n / 2);
+        Quantized w = p.w;
+        Elements biases = bias;
+        alternate_halves(w.values.data(), n, k);
+        alternate_halves(w.scales.data(), n, sizeof(float));
+        alternate_halves(biases.at(0), n, element_bytes(kBf16));
+        CHECK(run(w, biases, true).same(0, gated, 0, gated.size()));
+      }
+    }
   }
 }
 

@@ -86,6 +86,75 @@ TEST(each_weight_has_its_place) {
   }
 }
 
+TEST(halves_alternate) {
+  std::mt19937_64 random(check::seed);
+  constexpr int64_t kHalf = kPanelOutputs / 2;
+  constexpr int64_t kRow = 3;
+  for (int64_t n : {64, 128, 192, 320, 1024}) {
+    const Elements rows = random_elements(kBf16, n * kRow, &random);
+    Elements moved = rows;
+    alternate_halves(moved.at(0), n, kRow * element_bytes(kBf16));
+    for (int64_t row = 0; row < n / 2; ++row) {
+      const int64_t to = row / kHalf * kPanelOutputs + row % kHalf;
+      CHECK(rows.same(row * kRow, moved, to * kRow, kRow));
+      CHECK(rows.same((n / 2 + row) * kRow, moved, (to + kHalf) * kRow, kRow));
+    }
+  }
+}
+
+TEST(what_follows_in_a_call_is_the_same_as_after_it) {
+  std::mt19937_64 random(check::seed);
+  for (const Kernels* kernels : machine_kernels()) {
+    for (int64_t rows : {1, 7, 40}) {
+      for (int64_t n : {3, 64, 70, 192}) {
+        for (int64_t k : {34, 2100}) {
+          const Problem p(rows, n, k, kBf16, kBf16, &random);
+          const Elements bias = random_elements(kBf16, n, &random);
+          const Elements add = random_elements(kBf16, rows * n, &random);
+          const Elements products = p.run(*kernels);
+          for (int with : {1, 2, 3}) {
+            const bool biased = (with & 1) != 0, added = (with & 2) != 0;
+            Elements want = products;
+            for (int64_t i = 0; i < rows * n; ++i) {
+              if (biased) want.set(i, want.get(i) + bias.get(i % n));
+              if (added) want.set(i, want.get(i) + add.get(i));
+            }
+            Elements out(kBf16, rows * n);
+            linear_panels(*kernels, p.x.at(0), kBf16, bits(p.panels), out.at(0), kBf16, rows, n, k,
+                          run_serially, kRanges,
+                          {biased ? bits(bias) : nullptr, added ? bits(add) : nullptr, false});
+            if (!CHECK(out.same(0, want, 0, rows * n))) return;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(gates_in_a_call_are_the_same_as_after_it) {
+  std::mt19937_64 random(check::seed);
+  for (const Kernels* kernels : machine_kernels()) {
+    for (int64_t rows : {1, 7, 40, 300}) {
+      for (int64_t n : {64, 192}) {
+        const int64_t k = rows == 7 ? 2100 : 34;
+        const Problem p(rows, n, k, kBf16, kBf16, &random);
+        const Elements bias = random_elements(kBf16, n, &random);
+        Elements products = p.run(*kernels);
+        for (int64_t i = 0; i < rows * n; ++i) products.set(i, products.get(i) + bias.get(i % n));
+        Elements want(kBf16, rows * n / 2);
+        kernels->silu_mul(products.at(0), want.at(0), kBf16, rows, n / 2);
+        Elements w = p.w, biases = bias, out(kBf16, rows * n / 2);
+        alternate_halves(w.at(0), n, k * element_bytes(kBf16));
+        alternate_halves(biases.at(0), n, element_bytes(kBf16));
+        pack_panels(w.at(0), n, k / 2);
+        linear_panels(*kernels, p.x.at(0), kBf16, bits(w), out.at(0), kBf16, rows, n, k,
+                      threaded(4), kRanges, {bits(biases), nullptr, true});
+        if (!CHECK(out.same(0, want, 0, want.size()))) return;
+      }
+    }
+  }
+}
+
 TEST(panels_match_float64) {
   std::mt19937_64 random(check::seed);
   for (const Kernels* kernels : machine_kernels()) {

@@ -59,15 +59,15 @@ void int8_linear(const Int8Kernels& kernels, const void* x, ElementType x_type, 
                  const float* w_scale, void* out, ElementType out_type, int64_t rows, int64_t n,
                  int64_t k, const ParallelFor& parallel, int64_t threads) {
   quantize_and_multiply(kernels, kernels.linear, kColumns, x, x_type,
-                        {{}, w, w_scale, out, out_type, rows, n, k}, parallel, threads);
+                        {{}, w, w_scale, out, out_type, rows, n, k, {}}, parallel, threads);
 }
 
 void int8_linear_panels(const Int8Kernels& kernels, const void* x, ElementType x_type,
                         const int8_t* w, const float* w_scale, void* out, ElementType out_type,
                         int64_t rows, int64_t n, int64_t k, const ParallelFor& parallel,
-                        int64_t threads) {
+                        int64_t threads, const Finish& finish) {
   quantize_and_multiply(kernels, kernels.linear_panels, kPanelOutputs, x, x_type,
-                        {{}, w, w_scale, out, out_type, rows, n, k}, parallel, threads);
+                        {{}, w, w_scale, out, out_type, rows, n, k, finish}, parallel, threads);
 }
 
 }  // namespace ellm

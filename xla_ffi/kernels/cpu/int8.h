@@ -13,10 +13,11 @@ void int8_linear(const Int8Kernels& kernels, const void* x, ElementType x_type, 
                  const float* w_scale, void* out, ElementType out_type, int64_t rows, int64_t n,
                  int64_t k, const ParallelFor& parallel, int64_t threads);
 
-// The same with w in panels; only where the kernels have linear_panels.
+// The same with w in panels, and `finish` after the products; only where the kernels have
+// linear_panels.
 void int8_linear_panels(const Int8Kernels& kernels, const void* x, ElementType x_type,
                         const int8_t* w, const float* w_scale, void* out, ElementType out_type,
                         int64_t rows, int64_t n, int64_t k, const ParallelFor& parallel,
-                        int64_t threads);
+                        int64_t threads, const Finish& finish = {});
 
 }  // namespace ellm

@@ -35,6 +35,7 @@ struct Int8Args {
   int64_t rows;
   int64_t n;
   int64_t k;
+  Finish finish;
 };
 
 struct Int8Kernels {

@@ -66,12 +66,11 @@ static inline void int8_block(const int8_t* x, int64_t x_stride, const int8_t* w
   }
 }
 
-// The `count` columns of a row that begin at `out`: float(sums - correction) * x_scale * w_scale.
-template <class Out>
-static inline void put_scaled(IVec sums, int32_t correction, float x_scale, const float* w_scale,
-                              int64_t count, Out* out) {
+// float(sums - correction) * x_scale * w_scale, for `count` columns of a row.
+static inline Vec scaled(IVec sums, int32_t correction, float x_scale, const float* w_scale,
+                         int64_t count) {
   const Vec v = __builtin_convertvector(sums - correction, Vec) * splat(x_scale);
-  store_part(out, v * load_up_to(w_scale, count), count);
+  return v * load_up_to(w_scale, count);
 }
 
 // Rows [m, m + MR). The vectors of kLanes columns are added up together.
@@ -101,12 +100,11 @@ static inline void int8_rows(const Int8Args& a, int64_t m, int64_t n_begin, int6
       const int32_t correction = Bytes::kOffset * a.x.sums[m + i];
       const float scale = a.x.scales[m + i];
       const int64_t at = (m + i) * a.n + n;
+      const Vec v = scaled(total, correction, scale, a.w_scale + n, columns);
       if (a.out_type == ElementType::kFloat32) {
-        put_scaled(total, correction, scale, a.w_scale + n, columns,
-                   static_cast<float*>(a.out) + at);
+        store_part(static_cast<float*>(a.out) + at, v, columns);
       } else {
-        put_scaled(total, correction, scale, a.w_scale + n, columns,
-                   static_cast<uint16_t*>(a.out) + at);
+        store_part(static_cast<uint16_t*>(a.out) + at, v, columns);
       }
     }
   }

@@ -34,16 +34,8 @@ struct Int8Panels {
     }
   }
 
-  static inline void put(const Int8Args& a, int64_t m, int64_t n, IVec sum, int64_t columns) {
-    const int32_t correction = Bytes::kOffset * a.x.sums[m];
-    const float scale = a.x.scales[m];
-    if (a.out_type == ElementType::kFloat32) {
-      put_scaled(sum, correction, scale, a.w_scale + n, columns,
-                 static_cast<float*>(a.out) + m * a.n + n);
-    } else {
-      put_scaled(sum, correction, scale, a.w_scale + n, columns,
-                 static_cast<uint16_t*>(a.out) + m * a.n + n);
-    }
+  static inline Vec number(const Int8Args& a, int64_t m, int64_t n, IVec sum, int64_t columns) {
+    return scaled(sum, Bytes::kOffset * a.x.sums[m], a.x.scales[m], a.w_scale + n, columns);
   }
 };
 

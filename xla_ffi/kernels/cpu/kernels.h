@@ -17,6 +17,16 @@ enum class ElementType { kFloat32, kBFloat16 };
 
 inline int64_t element_bytes(ElementType type) { return type == ElementType::kFloat32 ? 4 : 2; }
 
+// What a linear layer makes of its products before it stores them, where w is in panels and out is
+// bfloat16. Each step rounds to bfloat16, so the result is that of the steps one by one.
+struct Finish {
+  const uint16_t* bias = nullptr;  // [n], added to each row
+  const uint16_t* add = nullptr;   // [rows, n], added then
+  // Each panel of outputs is half gates, half ups, n a multiple of a panel: out is [rows, n / 2],
+  // silu(gate) * up. No `add` then.
+  bool gated = false;
+};
+
 // out[m, n] = sum_k x[m, k] * w[n, k], accumulated in float32.
 struct LinearArgs {
   // [rows, x_stride] float32, zero beyond k up to x_stride, a multiple of Kernels::lanes. Or, where
@@ -31,6 +41,7 @@ struct LinearArgs {
   int64_t rows;
   int64_t n;
   int64_t k;
+  Finish finish;
 };
 
 // Columns [begin, end) of a result. The same thread goes on with [end, ahead), so their weights are

@@ -1,5 +1,6 @@
 // Row-wise operations between the matrix products. They are here, and not left to XLA, because XLA
 // picks the order of a reduction by the shape of the whole batch.
+#include "kernels/cpu/gate.inl"
 #include "kernels/cpu/rows.inl"
 
 namespace ellm::ELLM_ISA {
@@ -28,17 +29,6 @@ static void rms_norm(const void* x, const void* scale, void* out, ElementType ty
   } else {
     rms_norm_typed(static_cast<const uint16_t*>(x), static_cast<const uint16_t*>(scale),
                    static_cast<uint16_t*>(out), rows, n, eps);
-  }
-}
-
-template <class T>
-static void silu_mul_typed(const T* x, T* out, int64_t rows, int64_t n) {
-  for (int64_t r = 0; r < rows; ++r, x += 2 * n, out += n) {
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const Vec gate = load_up_to(x + i, n - i);
-      const Vec up = load_up_to(x + n + i, n - i);
-      store_part(out + i, gate / (1.0f + exp(-gate)) * up, n - i);
-    }
   }
 }
 

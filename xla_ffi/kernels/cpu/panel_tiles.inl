@@ -3,14 +3,15 @@
 //
 // What a word is, and what becomes of a sum, says a type P:
 //   P::Sum                    a vector of sums
-//   P::Args                   with w, rows and n
+//   P::Args                   with w, rows, n, out, out_type and finish
 //   P::words(args)            of a row
 //   P::add<MR, NV, kWhole>(args, m, word, w, columns, acc)
 //                             acc[i * NV + v] += the products of a word of row m + i and vector v
 //                             of the weights at w, for MR rows and NV vectors of columns
-//   P::put(args, m, n, sum, columns)
-//                             the results of columns [n, n + columns), up to a vector, of row m
+//   P::number(args, m, n, sum, columns)
+//                             the products of columns [n, n + columns), up to a vector, of row m
 #include "kernels/cpu/fetch.inl"
+#include "kernels/cpu/gate.inl"
 #include "kernels/cpu/panels.h"
 
 namespace ellm::ELLM_ISA {
@@ -50,11 +51,37 @@ struct Strip {
   int64_t columns;
 };
 
+// Where the results of some rows and columns go.
+struct Place {
+  char* at;
+  int64_t row_bytes;
+};
+
+static inline Vec rounded_to_bf16(Vec v) {
+  uint16_t lanes[kLanes];
+  store(lanes, v);
+  return load(lanes);
+}
+
+// Puts the products of columns [n, n + columns) of row m where they belong.
+template <class Args>
+static inline void put_finished(const Args& a, int64_t m, int64_t n, Vec v, int64_t columns,
+                                char* to) {
+  if (a.out_type == ElementType::kFloat32) {
+    return store_part(reinterpret_cast<float*>(to), v, columns);
+  }
+  const Finish& finish = a.finish;
+  if (finish.bias) v = rounded_to_bf16(v) + load_up_to(finish.bias + n, columns);
+  if (finish.add) v = rounded_to_bf16(v) + load_up_to(finish.add + m * a.n + n, columns);
+  store_part(reinterpret_cast<uint16_t*>(to), v, columns);
+}
+
 // Rows [m, m + MR) times some columns over the words [begin, end), column 0 of the strip being
-// column n of the result. Unless these are all words, the sums come from `waiting`, or go there.
+// column n. Unless these are all words, the sums come from `waiting`, or go there.
 template <class P, int MR, bool kWhole>
 static inline void tile(const typename P::Args& a, int64_t m, int64_t n, const Strip& strip,
-                        int64_t begin, int64_t end, typename P::Sum* waiting, Lines ahead) {
+                        int64_t begin, int64_t end, typename P::Sum* waiting, Place place,
+                        Lines ahead) {
   constexpr int NV = tile_vectors(MR);
   typename P::Sum acc[MR * NV];
 #pragma GCC unroll 24
@@ -80,7 +107,10 @@ static inline void tile(const typename P::Args& a, int64_t m, int64_t n, const S
   for (int row = 0; row < MR; ++row) {
     for (int v = 0; v < NV && v * kLanes < strip.columns; ++v) {
       const int64_t columns = kWhole ? kLanes : min_of(kLanes, strip.columns - v * kLanes);
-      P::put(a, m + row, n + v * kLanes, acc[row * NV + v], columns);
+      const int64_t first = n + v * kLanes;
+      put_finished(a, m + row, first, P::number(a, m + row, first, acc[row * NV + v], columns),
+                   columns,
+                   place.at + row * place.row_bytes + v * kLanes * element_bytes(a.out_type));
     }
   }
 }
@@ -97,14 +127,26 @@ static inline void panel_rows(const typename P::Args& a, int64_t rows, int64_t m
   }
   constexpr int NV = tile_vectors(MR);
   const char* w = reinterpret_cast<const char*>(a.w) + n * P::words(a) * kWordBytes;
+  char* const out = static_cast<char*>(a.out);
+  const int64_t bytes = element_bytes(a.out_type);
+  uint16_t pairs[MR * kPanelOutputs];  // gates and ups
+  const Place place = a.finish.gated ? Place{reinterpret_cast<char*>(pairs), width * bytes}
+                                     : Place{out + (m * a.n + n) * bytes, a.n * bytes};
   for (int64_t column = 0; column < width; column += NV * kLanes, waiting += MR * NV) {
     const int64_t columns = min_of(NV * kLanes, width - column);
     const Strip strip = {w + column * kWordBytes, width * kWordBytes, columns};
+    const Place here = {place.at + column * bytes, place.row_bytes};
     const Lines lines = ahead->take();
     if (columns == NV * kLanes) {
-      tile<P, MR, true>(a, m, n + column, strip, begin, end, waiting, lines);
+      tile<P, MR, true>(a, m, n + column, strip, begin, end, waiting, here, lines);
     } else {
-      tile<P, MR, false>(a, m, n + column, strip, begin, end, waiting, lines);
+      tile<P, MR, false>(a, m, n + column, strip, begin, end, waiting, here, lines);
+    }
+  }
+  if (a.finish.gated && end == P::words(a)) {
+    for (int row = 0; row < MR; ++row) {
+      auto* const to = reinterpret_cast<uint16_t*>(out) + ((m + row) * a.n + n) / 2;
+      silu_mul_typed(pairs + row * width, to, 1, width / 2);
     }
   }
 }

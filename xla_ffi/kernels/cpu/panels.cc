@@ -44,9 +44,33 @@ void pack_panels(void* matrix, int64_t n, int64_t words) {
   }
 }
 
+void alternate_halves(void* matrix, int64_t n, int64_t row_bytes) {
+  constexpr int64_t kHalf = kPanelOutputs / 2;
+  const int64_t halves = n / kHalf;
+  std::vector<char> moving(static_cast<size_t>(kHalf * row_bytes));
+  const auto half_at = [&](int64_t index) {
+    return static_cast<char*>(matrix) + index * kHalf * row_bytes;
+  };
+  const auto new_index = [&](int64_t index) {
+    return index < halves / 2 ? 2 * index : 2 * (index - halves / 2) + 1;
+  };
+  // Round and round: what is put somewhere takes the place of what has to move next.
+  std::vector<bool> done(static_cast<size_t>(halves));
+  for (int64_t first = 0; first < halves; ++first) {
+    if (done[first]) continue;
+    std::memcpy(moving.data(), half_at(first), moving.size());
+    int64_t at = first;
+    do {
+      at = new_index(at);
+      std::swap_ranges(moving.begin(), moving.end(), half_at(at));
+      done[at] = true;
+    } while (at != first);
+  }
+}
+
 void linear_panels(const Kernels& kernels, const void* x, ElementType x_type, const uint16_t* w,
                    void* out, ElementType out_type, int64_t rows, int64_t n, int64_t k,
-                   const ParallelFor& parallel, int64_t threads) {
+                   const ParallelFor& parallel, int64_t threads, const Finish& finish) {
   if (rows == 0 || n == 0) return;
   LinearArgs args;
   args.x = x;
@@ -59,6 +83,7 @@ void linear_panels(const Kernels& kernels, const void* x, ElementType x_type, co
   args.rows = rows;
   args.n = n;
   args.k = k;
+  args.finish = finish;
   if (x_type == ElementType::kBFloat16 && !kernels.bf16_pairs) {
     args.x_stride = (k + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
     float* wide = Scratch::floats(rows * args.x_stride);

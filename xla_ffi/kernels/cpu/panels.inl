@@ -9,14 +9,7 @@ struct PanelSums {
   using Args = LinearArgs;
 
   static inline int64_t words(const LinearArgs& a) { return a.k / 2; }
-  static inline void put(const LinearArgs& a, int64_t m, int64_t n, Vec sum, int64_t columns) {
-    const int64_t at = m * a.n + n;
-    if (a.out_type == ElementType::kFloat32) {
-      store_part(static_cast<float*>(a.out) + at, sum, columns);
-    } else {
-      store_part(static_cast<uint16_t*>(a.out) + at, sum, columns);
-    }
-  }
+  static inline Vec number(const LinearArgs&, int64_t, int64_t, Vec sum, int64_t) { return sum; }
 };
 
 // x is float32: of a pair the first product is added, then the second.
