@@ -244,8 +244,7 @@ class Decoder(nnx.Module):
 
     def _gated(self, ops: ModelOps, x: jax.Array, this: dict[str, jax.Array]) -> jax.Array:
         """`silu(gate) * up` of a layer's MLP."""
-        form = self._form("blocks.gate_up")
-        if form is not None and form.gated:
+        if quantization_of(self.quantization).by_turns:
             finish = Finish(this.get("gate_up_bias"), gated=True)
             return self._multiplied(ops, x, "gate_up", this, finish)
         return ops.silu_mul(self._linear(ops, x, "gate_up", this))

@@ -28,8 +28,8 @@ class Finish(NamedTuple):
     Attributes:
         bias: `[N]`, added to each row.
         add: `[T, N]`, added.
-        gated: the outputs are gates and ups by turns, as `Format.gated` says; the result is
-            `silu(gate) * up`, `[T, N / 2]`. Nothing is added then.
+        gated: the outputs are gates and ups by turns, as `Quantization.by_turns` says; the result
+            is `silu(gate) * up`, `[T, N / 2]`. Nothing is added then.
     """
 
     bias: jax.Array | None = None

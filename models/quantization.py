@@ -34,7 +34,6 @@ class Format:
     group: int = 0
     zeros: bool = False
     panels: bool = False
-    gated: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,15 @@ class Quantization:
         name: for people.
         blocks: the matrices of the layers.
         head: the output head, which is then held beside the embedding.
+        by_turns: of the matrix of gates and ups, which is in panels: whether each panel is half
+            gates, half ups, instead of all gates coming first; its scales and its bias follow it.
+            Then what it computes can be gated before it is stored (`Finish`).
     """
 
     name: str
     blocks: Format | None
     head: Format | None
+    by_turns: bool = False
 
     def format_of(self, param: str) -> Format | None:
         """Of a matrix by its dotted name; None of everything else."""

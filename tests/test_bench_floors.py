@@ -11,7 +11,7 @@ import pytest
 
 from ellm_jax.assembly import TINY_MODEL
 from ellm_jax.bench.peers.comparison import EngineRuns, Run
-from ellm_jax.bench.peers.floors import Machine, floors, measure_machine, reached
+from ellm_jax.bench.peers.floors import Machine, faster, floors, measure_machine, reached
 from ellm_jax.bench.peers.report import report, table
 from ellm_jax.bench.peers.scenarios import PeerWorkload
 from ellm_jax.bench.peers.session import Launch
@@ -83,6 +83,13 @@ def test_the_share_that_is_reached_and_the_table():
     assert ["decode", "85.0", "100.0"] in lines
     assert ["first", "token", "75%"] in lines
     assert "floor" not in table(report(found, titles))
+
+
+def test_of_two_measurements_the_better_counts():
+    slow_memory, slow_products = Machine(2e10, 6e11, "x"), Machine(3e10, 5e11, "y")
+    assert faster(slow_memory, slow_products) == Machine(3e10, 6e11, "x")
+    assert faster(None, slow_memory) == faster(slow_memory, None) == slow_memory
+    assert faster(None, None) is None
 
 
 def test_the_machine_is_measured_in_each_environment(tmp_path: Path):

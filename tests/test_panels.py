@@ -6,11 +6,19 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import packed_checkpoints
 import pytest
 
 from ellm_jax import _native
-from ellm_jax.checkpoint import convert, in_panels, load_model, read_config, weights_bytes
-from ellm_jax.models import Format, quantization_of
+from ellm_jax.checkpoint import (
+    convert,
+    in_panels,
+    load_model,
+    read_config,
+    resolve_quantization,
+    weights_bytes,
+)
+from ellm_jax.models import Format, Quantization, quantization_of
 from ellm_jax.models.ops import Finish
 from ellm_jax.models.shards import WHOLE, Shards
 from ellm_jax.models.xla_ops import XlaOps
@@ -173,6 +181,28 @@ def test_matrices_are_loaded_into_panels_and_nothing_else_is(
     path = tiny_checkpoint(name)
     if orbax:
         path = convert(path, tmp_path / "converted", dtype="bfloat16", progress=False)
+    check_loaded(path, quantization)
+
+
+@pytest.mark.skipif(not _native.int8_panels(), reason="needs AVX-512 VNNI")
+def test_int8_that_is_stored_goes_into_panels_as_it_is(tmp_path):
+    settings = packed_checkpoints.compressed_config("int-quantized", 8, 0, True)
+    path, _ = packed_checkpoints.make_packed(
+        tmp_path / "int8",
+        "llama_bias_linear",
+        settings,
+        packed_checkpoints.int_quantized,
+        bits=8,
+        group=0,
+    )
+    stored = resolve_quantization(path, read_config(path), None)
+    assert stored is not None
+    assert stored.blocks == Format(8)
+    check_loaded(path, stored)
+
+
+def check_loaded(path, quantization):
+    """What of a checkpoint lies in panels holds the values that lie row by row otherwise."""
     config = read_config(path)
     chosen = in_panels(config, quantization, WHOLE)
     before = load_model(path, dtype="bfloat16", quantization=quantization)[0].named_params()
@@ -186,10 +216,9 @@ def test_matrices_are_loaded_into_panels_and_nothing_else_is(
         assert sorted(matrices) == sorted(MATRICES + head)
     assert quantization != "int4" or set(matrices) <= {"lm_head"}
     assert after.keys() == before.keys()
-    gated = chosen.blocks is not None and chosen.blocks.gated
     for param, array in before.items():
         expected = np.asarray(array)
-        if param.startswith("blocks.gate_up") and gated:
+        if param.startswith("blocks.gate_up") and chosen.by_turns:
             expected = by_turns(expected, -2 if param in matrices else -1)
         if param in matrices:
             layers = expected.reshape(-1, *expected.shape[-2:])
@@ -202,26 +231,19 @@ def test_what_is_looked_up_or_odd_stays_as_it_is(tiny_checkpoint):
     panels, int8 = Format(16, panels=True), quantization_of("int8")
     assert config.intermediate_size % 32 == 0
     chosen = in_panels(config, None, WHOLE)
-    assert (chosen.name, chosen.blocks, chosen.head) == (
-        "bfloat16",
-        replace(panels, gated=True),
-        panels,
-    )
+    assert chosen == Quantization("bfloat16", panels, panels, by_turns=True)
     in_int8 = in_panels(config, "int8", WHOLE)
-    if _native.int8_panels():
-        assert in_int8.head == Format(8, panels=True)
-        assert in_int8.blocks == replace(in_int8.head, gated=True)
-    else:
-        assert in_int8 == int8
+    assert in_int8.blocks == in_int8.head == Format(8, panels=_native.int8_panels())
+    assert in_int8.by_turns == _native.int8_panels()
     assert in_panels(config, replace(int8, head=None), WHOLE).head == panels
     int4 = in_panels(config, "int4", WHOLE)
-    assert (int4.blocks, int4.head) == (quantization_of("int4").blocks, in_int8.head)
+    assert int4 == replace(quantization_of("int4"), head=in_int8.head)
     tied = read_config(tiny_checkpoint("qwen2_tied"))
     assert in_panels(tied, None, WHOLE).head is None
     odd = replace(config, intermediate_size=config.intermediate_size + 1)
     assert in_panels(odd, None, WHOLE).blocks is None
     even = replace(config, intermediate_size=2 * (config.intermediate_size // 2 | 1))
-    assert in_panels(even, None, WHOLE).blocks == panels
+    assert in_panels(even, None, WHOLE) == replace(chosen, by_turns=False)
     assert in_panels(even, "int8", WHOLE) == int8  # Four to a word.
     # Divided by inputs, a device's part of them counts.
     assert in_panels(even, None, Shards(2)).blocks == panels

@@ -82,6 +82,7 @@ def answers(outputs):
         ("llama", "bfloat16"),
         ("llama31_tied", "float32"),
         ("llama_bias_linear", "float32"),
+        ("llama_bias_linear", "bfloat16"),
         ("mistral_window", "float32"),
         ("qwen2_tied", "float32"),
         ("qwen2_tied", "bfloat16"),

@@ -342,10 +342,10 @@ def load_cuda_attention(
     no sense, or that the kernels do not take.
     """
 
-def pack_panels(matrix: npt.NDArray[np.uint32], gated: bool = False) -> None:
+def pack_panels(matrix: npt.NDArray[np.uint32], by_turns: bool = False) -> None:
     """Puts a matrix, `[N, words]` with two bfloat16 or four int8 to a word, into panels, in its
-    place; `Format` says how they lie. With `gated` its first half, the gates, and its second, the
-    ups, then take turns; N has to be a multiple of 64 (`ValueError`)."""
+    place; `Format` says how they lie. With `by_turns` its first half, the gates, and its second,
+    the ups, take turns before; N has to be a multiple of 64 (`ValueError`)."""
 
 def int8_panels() -> bool:
     """Whether int8 weights are multiplied in panels on this processor."""

@@ -138,6 +138,7 @@ Claim ChunkPool::take(Owner owner, size_t n, const std::vector<Destination>& whe
     take_backed(claim.large.back(), claim.large.back() + large_chunks_);
     claim.large.pop_back();
   }
+  if (claim.large.size() < kFewestLargePages) claim.large.clear();
   add(owner, n * chunk_bytes_);
   note_physical();
   if (n > 0 && backed_.size() < chunks_ahead_) {
@@ -182,21 +183,13 @@ Claim ChunkPool::claim_up_to(Owner owner, Destination where) {
 
 Status ChunkPool::fill(Claim claim, std::vector<ChunkId>* out) {
   std::vector<uint32_t>& chunks = claim.chunks;
+  const auto unmade = static_cast<size_t>(std::count(chunks.begin(), chunks.end(), Claim::kUnmade));
+  const size_t in_large = claim.large.size() * large_chunks_;
+  // Large pages first, all in one call; then the others.
   std::vector<Handle> created;
   Status failure = Status::Ok();
-  auto large = claim.large.begin();
-  for (size_t i = 0; i < chunks.size() && failure.ok();) {
-    size_t end = i;
-    const bool in_large = large != claim.large.end() && *large == i;
-    if (in_large) {
-      for (; large != claim.large.end() && *large == end; ++large) end += large_chunks_;
-    } else {
-      const size_t limit = large == claim.large.end() ? chunks.size() : *large;
-      while (end < limit && chunks[end] == Claim::kUnmade) ++end;
-    }
-    if (end > i) failure = create_handles(end - i, in_large, &created);
-    i = std::max(end, i + 1);
-  }
+  if (in_large > 0) failure = create_handles(in_large, true, &created);
+  if (failure.ok()) failure = create_handles(unmade - in_large, false, &created);
   if (!failure.ok()) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -212,6 +205,9 @@ Status ChunkPool::fill(Claim claim, std::vector<ChunkId>* out) {
   }
   std::lock_guard<std::mutex> lock(mutex_);
   auto handle = created.begin();
+  for (const size_t first : claim.large) {
+    for (size_t i = 0; i < large_chunks_; ++i) chunks[first + i] = add_chunk(*handle++);
+  }
   for (uint32_t& index : chunks) {
     if (index == Claim::kUnmade) index = add_chunk(*handle++);
     out->push_back(own(index, claim.owner));

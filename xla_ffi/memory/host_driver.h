@@ -25,8 +25,8 @@ class HostDriver : public Driver {
   Status release(std::byte* base, size_t bytes) override;
   // Takes the memory here, so that a lack of it is an error here and not a SIGBUS at first touch.
   Status create(size_t bytes, Handle* handle) override;
-  // Large pages are the transparent ones of memory files (Linux 6.1 on), which are asked for one by
-  // one: whether the system gives them to such files by itself does not matter.
+  // Large pages are the transparent ones of memory files (Linux 6.1 on), which are asked for by
+  // name: whether the system gives them to such files by itself does not matter.
   size_t large_bytes() const override { return large_bytes_; }
   Status create_large(size_t chunk_bytes, size_t n, Handle* handles) override;
   Status destroy(Handle handle, size_t bytes) override;

@@ -11,6 +11,7 @@
 #include <fstream>
 #include <map>
 #include <random>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -250,6 +251,41 @@ TEST(few_large_pages_are_not_worth_making) {
   REQUIRE_OK(pool->release(ids));
 }
 
+TEST(large_pages_of_several_places_are_made_together) {
+  const size_t large = large_bytes();
+  if (large == 0) return;
+  const size_t c = large / kGroup;
+  const auto driver = faulty_driver();
+  const auto pool = make_pool(driver, 60 * c, c);
+  // A page each, with chunks before and behind it.
+  std::vector<Destination> where;
+  for (size_t i = 0; i < 5; ++i) where.push_back({place(100 * kGroup * i + 3, c), 7});
+  std::vector<ChunkId> ids;
+  REQUIRE_OK(pool->acquire(Owner::kKv, 35, &ids, where));
+  CHECK_EQ(driver->calls(), 1u + 5 * 3);
+  const std::vector<Handle> handles = handles_of(*pool, ids);
+  for (size_t i = 0; i < 5; ++i) CHECK(together(handles, 7 * i + 1, c));
+  CHECK_EQ(std::set<Handle>(handles.begin(), handles.end()).size(), 35u);
+  REQUIRE_OK(pool->release(ids));
+}
+
+TEST(few_large_pages_that_are_left_are_not_made_either) {
+  const size_t large = large_bytes();
+  if (large == 0) return;
+  const size_t c = large / kGroup;
+  const auto driver = faulty_driver();
+  const auto pool = make_pool(driver, 60 * c, c);
+  std::vector<ChunkId> ids, more;
+  REQUIRE_OK(pool->acquire(Owner::kKv, 2 * kGroup, &ids));
+  REQUIRE_OK(pool->release(ids));
+  // Of five pages two are filled by what is there.
+  const uint64_t calls = driver->calls();
+  REQUIRE_OK(pool->acquire(Owner::kKv, 5 * kGroup, &more, {{place(0, c), 5 * kGroup}}));
+  CHECK_EQ(driver->calls(), calls + 3 * kGroup);
+  CHECK_EQ(pool->usage().physical, 5 * large);
+  REQUIRE_OK(pool->release(more));
+}
+
 TEST(small_memory_that_is_there_comes_before_large_that_is_not) {
   const size_t large = large_bytes();
   if (large == 0) return;
@@ -276,7 +312,7 @@ TEST(without_memory_for_a_large_page_the_ledger_is_as_before) {
   const auto pool = make_pool(driver, 24 * c, c);
   std::vector<ChunkId> ids, more;
   REQUIRE_OK(pool->acquire(Owner::kKv, 1, &ids));
-  for (const uint64_t call : {1, 2, 3}) {  // One chunk, four large pages, one chunk.
+  for (const uint64_t call : {1, 2, 3}) {  // Four large pages, one chunk, one chunk.
     driver->fail(driver->calls() + call);
     CHECK_EQ(pool->acquire(Owner::kKv, 18, &more, {{place(3, c), 18}}).code(), Code::kDriver);
     CHECK(more.empty());
