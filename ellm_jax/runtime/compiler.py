@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 import jax
 from tqdm import tqdm
 
-from ellm_jax._native import OutOfMemory
+from ellm_jax._native import OutOfMemory, malloc_trim
 from ellm_jax.runtime.buckets import Buckets
 from ellm_jax.runtime.failures import CompileFailed
 from ellm_jax.runtime.runner import Runner
@@ -20,6 +20,10 @@ from ellm_jax.runtime.shapes import StepKey, StepMode, StepShape
 
 _log = logging.getLogger(__name__)
 _PLAIN = StepMode()
+
+# A step that takes so long was compiled, not found in the cache. LLVM leaves tens of MB of heap
+# behind then, which only a trim gives back, and the next step would take as many beside.
+_COMPILED_S = 0.4
 
 # After a step that could not be compiled for want of memory, in the background.
 _RETRY_S = 30.0
@@ -93,7 +97,7 @@ class StepCompiler:
         keys = [key for shape in shapes if (key := StepKey(shape, _PLAIN)) not in self._needs]
         workers = min(4, len(os.sched_getaffinity(0)))
         with ThreadPoolExecutor(workers) as pool, self._bar(len(keys), "Compiling steps") as bar:
-            jobs = {pool.submit(self._runner.compile, key): key for key in keys}
+            jobs = {pool.submit(self._compile, key): key for key in keys}
             try:
                 for job in as_completed(jobs):
                     self._needs[jobs[job]] = job.result()
@@ -146,7 +150,7 @@ class StepCompiler:
             # The background compiles one after the other: the last is the one to wait for.
             for shape in self._buckets.enough():
                 key = StepKey(shape, mode)
-                job = self._background.submit(self._runner.compile, key)
+                job = self._background.submit(self._compile, key)
                 self._prepared[mode] = self._pending[key] = job
         last = self._prepared[mode]
         return None if last.done() else last
@@ -177,12 +181,19 @@ class StepCompiler:
 
     def _compile_in_the_room_there_is(self, key: StepKey) -> int:
         try:
-            return self._runner.compile(key)
+            return self._compile(key)
         except Exception as error:
             if self.make_way is None or not _is_short(error):
                 raise
         self.make_way()
-        return self._runner.compile(key)
+        return self._compile(key)
+
+    def _compile(self, key: StepKey) -> int:
+        begin = time.perf_counter()
+        need = self._runner.compile(key)
+        if time.perf_counter() - begin >= _COMPILED_S:
+            malloc_trim()
+        return need
 
     def _clean_up(self) -> None:
         """After compiling: XLA's allocator may still hold what that took."""

@@ -125,6 +125,7 @@ class PeerWorkload:
         return titles | {
             "peak_memory_gib": "peak memory (GiB)",
             "start_s": "start to first token (s)",
+            "first_peak_memory_gib": "peak memory, its caches empty (GiB)",
             "first_start_s": "start, its caches empty (s)",
         }
 
