@@ -360,7 +360,7 @@ def test_the_command_with_our_engine(
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert main(["bench", "picture", str(saved), "--output", str(tmp_path / "q.png")]) == 0
     figures = figures_of([written])
-    assert list(figures["peak memory (GiB)"]["tiny"]) == [OURS, "fake"]
+    assert list(figures["peak memory, its caches empty (GiB)"]["tiny"]) == [OURS, "fake"]
 
 
 def test_install_only_and_what_cannot_be_asked(
